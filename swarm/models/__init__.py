@@ -1,0 +1,1 @@
+"""Models: where checkpoints come from, how they are cut into spans, and the bundled demo model."""

@@ -1,0 +1,1 @@
+"""Blocks for strangers: sessions, scheduling, key-value memory and the device thread."""
