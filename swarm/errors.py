@@ -1,10 +1,10 @@
-"""The whole tree of errors: ours, theirs, and what people did; every message says what to do next."""
+"""The tree of errors: ours, theirs, and what people did; each message says what to do next."""
 
 from enum import StrEnum
 
 
 class ErrorCode(StrEnum):
-    """Codes that travel on the wire; a client decides by them, people read the message beside them."""
+    """Codes that travel on the wire; clients decide by them, people read the message."""
 
     BAD_FRAME = "bad_frame"  # does not parse, or does not validate
     OVERSIZE = "oversize"  # a frame, tensor or count beyond the announced limits
