@@ -1,0 +1,40 @@
+"""Limits and waits, in one place: frozen value objects made once and passed whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What one server grants strangers."""
+
+    kv_tokens: int = 1 << 16  # cache slots (batch rows x positions) over all sessions
+    max_sessions: int = 512
+    max_step_tokens: int = 2048  # rows x positions in one step
+    window: int = 8  # unanswered steps per session
+    pass_tokens: int = 512  # rows x positions in one pass of the device
+    open_timeout: float = 10.0  # seconds in which a stream must say what it wants
+    idle_timeout: float = 1800.0  # seconds without a step before a session is closed
+    send_timeout: float = 30.0  # seconds a client or next hop may leave its stream unread
+    stop_timeout: float = 5.0  # seconds from a polite stop to the end
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTimeouts:
+    """How long a client waits, in seconds."""
+
+    connect: float = 10.0  # dial, TLS and Open
+    sync: float = 2.0  # an answer to Sync: who does not give it counts as dead
+    step: float = 30.0  # one step through the whole route, before somebody counts as dead
+    recovery: float = 60.0  # search for replacements, before generation fails
+    refresh: float = 1.0  # shortest time between two looks into the DHT while blocks are missing
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Choices of one client."""
+
+    timeouts: ClientTimeouts = field(default_factory=ClientTimeouts)
+    chunk_bytes: int = 1 << 20  # a prefill travels in frames of about this size
+    history_bytes: int = 4 << 30  # memory for replays, over one session

@@ -1,0 +1,247 @@
+"""Every message of the session protocol: small, frozen, valid by construction.
+
+`docs/protocol.md` tells when each may be sent and what it means.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from swarm.errors import ErrorCode
+from swarm.types import DTYPE_BYTES, DType
+
+PROTOCOL_VERSION = 1
+MAX_TOKENS = 1 << 20  # positions a session may have
+MAX_BATCH = 1 << 10
+MAX_BLOCKS = 1 << 12
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Id = Annotated[bytes, Field(min_length=16, max_length=16)]
+Count = Annotated[int, Field(ge=0, le=1 << 31)]
+Position = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+ShortText = Annotated[str, Field(max_length=200)]
+Record = Annotated[bytes, Field(min_length=1, max_length=1024)]
+Rows = Annotated[
+    tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...],
+    BeforeValidator(_tuple),
+    Field(min_length=1, max_length=MAX_BATCH),
+]
+Shape = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...],
+    BeforeValidator(_tuple),
+    Field(min_length=1, max_length=5),
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", ser_json_bytes="base64")
+
+
+class TensorFrame(_Frozen):
+    """A dense row-major little-endian tensor; its size is proven before anybody uses it."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int64", "bool"]
+    shape: Shape
+    data: bytes
+
+    @model_validator(mode="after")
+    def _size_agrees(self) -> TensorFrame:
+        expected = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        if expected != len(self.data):
+            raise ValueError(f"{self.dtype}{list(self.shape)} is not {len(self.data)} bytes")
+        return self
+
+
+class PushTarget(_Frozen):
+    """The right to push into one session of the next hop, whose signed record says where it is."""
+
+    record: Record
+    session_id: Id
+    ticket: Id
+
+
+class Credentials(_Frozen):
+    """Proof that the opener owns `public_key` and, in a private swarm, holds the swarm key."""
+
+    public_key: Annotated[bytes, Field(max_length=600)]
+    signature: Annotated[bytes, Field(max_length=600)]
+    proof: Annotated[bytes, Field(max_length=64)] = b""
+
+
+class Load(_Frozen):
+    """How busy a server is: steps waiting, and milliseconds of its last passes (median)."""
+
+    queue: Count = 0
+    step_ms: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    free_tokens: Count = 0
+
+
+class Open(_Frozen):
+    """Client to server, first on a session stream: reserve a cache for blocks `[start, end)`."""
+
+    kind: Literal["open"] = "open"
+    protocol_min: Count = PROTOCOL_VERSION
+    protocol_max: Count = PROTOCOL_VERSION
+    capabilities: Annotated[
+        tuple[ShortText, ...], BeforeValidator(_tuple), Field(max_length=32)
+    ] = ()
+    model: ShortText
+    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
+    dtype: DType
+    quantization: ShortText = "none"
+    codec: ShortText = "none"
+    session_id: Id
+    ticket: Id
+    start: Block
+    end: Block
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
+    max_length: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    next: PushTarget | None = None
+    priority: Annotated[int, Field(ge=0, le=9)] = 5
+    trace_id: Annotated[str, Field(max_length=64)] = ""
+    credentials: Credentials
+
+
+class Opened(_Frozen):
+    """Server to client: the session exists. At most `window` steps may be unanswered at a time."""
+
+    kind: Literal["opened"] = "opened"
+    protocol: Count
+    capabilities: Annotated[
+        tuple[ShortText, ...], BeforeValidator(_tuple), Field(max_length=32)
+    ] = ()
+    window: Annotated[int, Field(ge=1, le=1 << 10)]
+    max_step_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    load: Load = Load()
+
+
+class Step(_Frozen):
+    """New positions `[start, start + T)` of every row, from the client or the hop before.
+
+    `hidden` is [B, T, H]; `inputs` are what else travels with these tokens, each [B, T, ...], by
+    allow-listed name (`position_ids` int64, `padding` bool with True for real tokens).
+    Before computing: crop the cache to `crop_to`, then let row i continue row `reorder[i]`.
+    """
+
+    kind: Literal["step"] = "step"
+    epoch: Count
+    step: Count
+    start: Position
+    hidden: TensorFrame
+    inputs: Annotated[dict[ShortText, TensorFrame], Field(max_length=8)] = {}
+    crop_to: Position | None = None
+    reorder: Rows | None = None
+    push: bool = True
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
+
+
+class Output(_Frozen):
+    """Server to client: what a step became, [B, T, H]; a copy if it was also `pushed` onwards."""
+
+    kind: Literal["output"] = "output"
+    epoch: Count
+    step: Count
+    start: Position
+    hidden: TensorFrame
+    pushed: bool = False
+    compute_ms: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    load: Load = Load()
+
+
+class Sync(_Frozen):
+    """Client to server: a new epoch begins; drop what is queued and say where you stand."""
+
+    kind: Literal["sync"] = "sync"
+    epoch: Count
+
+
+class Synced(_Frozen):
+    """Server to client: cache length and the last step applied (-1: none)."""
+
+    kind: Literal["synced"] = "synced"
+    epoch: Count
+    position: Position
+    last_step: Annotated[int, Field(ge=-1, le=1 << 31)]
+
+
+class Redirect(_Frozen):
+    """Client to server: from now on push to `next` (None: nobody; the client relays)."""
+
+    kind: Literal["redirect"] = "redirect"
+    next: PushTarget | None = None
+
+
+class PushFailed(_Frozen):
+    """Server to client: the next hop did not take a push; outputs are not pushed any more."""
+
+    kind: Literal["push_failed"] = "push_failed"
+    epoch: Count
+    step: Count
+    message: ShortText
+
+
+class Close(_Frozen):
+    """Client to server: free the session. Ending or cancelling the stream does the same."""
+
+    kind: Literal["close"] = "close"
+
+
+class Attach(_Frozen):
+    """Server to server, first on a push stream: the frames that follow are for this session."""
+
+    kind: Literal["attach"] = "attach"
+    session_id: Id
+    ticket: Id
+
+
+class Refused(_Frozen):
+    """Either direction's last message on a stream: why it ends. The session is freed."""
+
+    kind: Literal["refused"] = "refused"
+    code: ErrorCode
+    message: ShortText
+    position: Position | None = None
+    retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
+
+
+class InfoRequest(_Frozen):
+    """Anybody (in a private swarm: a member) asks a server about itself."""
+
+    kind: Literal["info_request"] = "info_request"
+    nonce: Id
+    credentials: Credentials
+
+
+class Info(_Frozen):
+    """A server about itself: its signed record and its counters since start."""
+
+    kind: Literal["info"] = "info"
+    record: Record
+    load: Load
+    counters: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(max_length=64)] = {}
+
+
+Message = (
+    Open
+    | Opened
+    | Step
+    | Output
+    | Sync
+    | Synced
+    | Redirect
+    | PushFailed
+    | Close
+    | Attach
+    | Refused
+    | InfoRequest
+    | Info
+)
+AnyMessage = Annotated[Message, Field(discriminator="kind")]

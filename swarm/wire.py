@@ -1,0 +1,57 @@
+"""Bytes of one message: the only door to msgpack, and where hostile frames stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from pydantic import TypeAdapter, ValidationError
+
+from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from swarm.messages import AnyMessage, Message
+
+MAX_FRAME_BYTES = 16 << 20
+"""Largest frame that anybody may send; gRPC refuses larger ones before they are in memory."""
+
+_messages: TypeAdapter[Any] = TypeAdapter(AnyMessage)
+
+
+def pack(value: object) -> bytes:
+    """Plain values (dict, list, str, bytes, int, float, bool, None) to msgpack bytes."""
+    packed: bytes | None = msgpack.packb(value, use_bin_type=True)
+    assert packed is not None
+    return packed
+
+
+def unpack(data: bytes, max_size: int = MAX_FRAME_BYTES) -> object:
+    """The inverse of `pack`. Raises RemoteProtocolError: OVERSIZE or BAD_FRAME."""
+    if len(data) > max_size:
+        raise RemoteProtocolError(
+            ErrorCode.OVERSIZE, f"a frame of {len(data)} bytes; at most {max_size} are allowed"
+        )
+    try:
+        return msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise RemoteProtocolError(ErrorCode.BAD_FRAME, "a frame that is not msgpack") from error
+
+
+def encode(message: Message) -> bytes:
+    """One message to one frame. Raises LocalProtocolError if it is larger than a frame may be."""
+    data = pack(message.model_dump(exclude_defaults=True) | {"kind": message.kind})
+    if len(data) > MAX_FRAME_BYTES:
+        raise LocalProtocolError(f"a {message.kind} of {len(data)} bytes does not fit into a frame")
+    return data
+
+
+def decode(data: bytes) -> Message:
+    """One frame to one validated message. Raises RemoteProtocolError: OVERSIZE or BAD_FRAME."""
+    value = unpack(data)
+    try:
+        message: Message = _messages.validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "frame"
+        raise RemoteProtocolError(
+            ErrorCode.BAD_FRAME, f"{where}: {first['msg'].lower()}"[:200]
+        ) from None
+    return message
