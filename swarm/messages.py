@@ -129,6 +129,7 @@ class Step(_Frozen):
     `hidden` is [B, T, H]; `inputs` are what else travels with these tokens, each [B, T, ...], by
     allow-listed name (`position_ids` int64, `padding` bool with True for real tokens).
     Before computing: crop the cache to `crop_to`, then let row i continue row `reorder[i]`.
+    `push` allows the output to travel on to the next hop; `quiet` spares the client its copy.
     """
 
     kind: Literal["step"] = "step"
@@ -140,11 +141,15 @@ class Step(_Frozen):
     crop_to: Position | None = None
     reorder: Rows | None = None
     push: bool = True
+    quiet: bool = False
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
 
 
 class Output(_Frozen):
-    """Server to client: what a step became, [B, T, H]; a copy if it was also `pushed` onwards."""
+    """Server to client: what a step became, [B, T, H]; a copy if it was also `pushed` onwards.
+
+    After a `quiet` step `hidden` is [B, 0, H].
+    """
 
     kind: Literal["output"] = "output"
     epoch: Count

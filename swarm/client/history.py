@@ -1,0 +1,119 @@
+"""The client's half of the dual caches: all that ever went over a border, ready to replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from swarm.errors import LocalProtocolError
+
+
+class History:
+    """Tensors [B, T, ...] appended along time, growing in place; beams are reordered lazily."""
+
+    def __init__(self, base: int = 0) -> None:
+        self._base = base  # positions before it were never wanted
+        self.length = base
+        self._buffer: torch.Tensor | None = None  # [capacity, B, ...], from position `base` on
+        self._rows: torch.Tensor | None = None  # int64 [capacity, B]: where a row's data lie
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def append(self, start: int, tensor: torch.Tensor) -> None:
+        """Positions `[start, start + T)`; those that are here already are left as they are."""
+        if start > self.length:
+            raise LocalProtocolError(f"history has {self.length} positions, got {start} onwards")
+        new = tensor[:, self.length - start :].transpose(0, 1)
+        count = new.shape[0]
+        if not count:
+            return
+        used = self.length - self._base
+        buffer = self._reserve(used + count, new)
+        buffer[used : used + count] = new
+        if self._rows is not None:
+            self._rows[used : used + count] = torch.arange(new.shape[1])
+        self.length += count
+
+    def crop(self, length: int) -> None:
+        self.length = min(self.length, length)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """From now on row i is what row `rows[i]` was."""
+        if self._buffer is None:
+            return
+        if self._rows is None:
+            capacity, batch = self._buffer.shape[:2]
+            self._rows = torch.arange(batch).repeat(capacity, 1)
+        used = self.length - self._base
+        self._rows[:used] = self._rows[:used, list(rows)]
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """[B, end - begin, ...], a copy or a view that must not be written to."""
+        if self._buffer is None or not self._base <= begin <= end <= self.length:
+            raise LocalProtocolError(f"history has {self.length} positions, not {begin}:{end}")
+        begin, end = begin - self._base, end - self._base
+        part = self._buffer[begin:end]
+        if self._rows is not None:
+            part = part[torch.arange(end - begin)[:, None], self._rows[begin:end]]
+        return part.transpose(0, 1)
+
+    def _reserve(self, wanted: int, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffer
+        if buffer is not None and buffer.shape[0] >= wanted:
+            return buffer
+        used = self.length - self._base
+        capacity = max(wanted, 64, 2 * used)
+        grown = torch.empty((capacity, *like.shape[1:]), dtype=like.dtype)
+        if buffer is not None:
+            grown[:used] = buffer[:used]
+        if self._rows is not None:
+            rows = torch.arange(like.shape[1]).repeat(capacity, 1)
+            rows[:used] = self._rows[:used]
+            self._rows = rows
+        self._buffer = grown
+        return grown
+
+
+class InputHistory:
+    """What travelled beside the hidden states: `position_ids` and `padding`, only if ever given."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch = batch_size
+        self._histories: dict[str, History] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(history.nbytes for history in self._histories.values())
+
+    def append(self, start: int, tokens: int, inputs: Mapping[str, torch.Tensor]) -> None:
+        """A name that comes late, or stays away once, is filled with what its absence means."""
+        for name, tensor in inputs.items():
+            if name not in self._histories:
+                self._histories[name] = history = History()
+                history.append(0, self._default(name, 0, start, tensor))
+        for name, history in self._histories.items():
+            given = inputs.get(name)
+            if given is None:
+                given = self._default(name, start, tokens, history.read(0, min(1, history.length)))
+            history.append(start, given)
+
+    def crop(self, length: int) -> None:
+        for history in self._histories.values():
+            history.crop(length)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        for history in self._histories.values():
+            history.reorder(rows)
+
+    def read(self, begin: int, end: int) -> dict[str, torch.Tensor]:
+        return {name: history.read(begin, end) for name, history in self._histories.items()}
+
+    def _default(self, name: str, start: int, tokens: int, like: torch.Tensor) -> torch.Tensor:
+        shape = (self._batch, tokens, *like.shape[2:])
+        if name == "padding":
+            return torch.ones(shape, dtype=torch.bool)
+        positions = torch.arange(start, start + tokens)
+        return positions.view(1, tokens, *[1] * (len(shape) - 2)).expand(shape)

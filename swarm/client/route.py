@@ -1,0 +1,120 @@
+"""The hops of one session: who serves which blocks now, and how the gaps are closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from swarm.client.hop import Hop, Listener, Terms
+from swarm.config import ClientTimeouts
+from swarm.dht.records import SignedRecord
+from swarm.errors import ErrorCode, RemoteProtocolError, SessionClosed, SwarmError
+from swarm.identity import Access
+from swarm.messages import PushTarget
+from swarm.transport import Transport
+from swarm.types import BlockRange
+
+# Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
+_INNOCENT = {ErrorCode.CANNOT_REWIND, ErrorCode.GAP, ErrorCode.TOO_LONG}
+
+
+class Router(Protocol):
+    """Who serves what, and who has disappointed."""
+
+    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
+        """Servers that cover `blocks` without a gap. Raises NoRoute."""
+        ...
+
+    async def refresh(self) -> None:
+        """Look into the swarm again."""
+        ...
+
+    def failed(self, peer_id: str, error: SwarmError) -> None: ...
+
+    def worked(self, peer_id: str, tokens: int, seconds: float) -> None: ...
+
+
+class Interrupted(Exception):
+    """Something happened to the route in the middle of a step: look at it, mend it, go on."""
+
+
+class Route:
+    """Covers `blocks` whenever `mend` has returned."""
+
+    def __init__(
+        self,
+        blocks: BlockRange,
+        router: Router,
+        transport: Transport,
+        access: Access,
+        timeouts: ClientTimeouts,
+    ) -> None:
+        self.hops: list[Hop] = []
+        self._blocks = blocks
+        self._router = router
+        self._transport = transport
+        self._access = access
+        self._timeouts = timeouts
+
+    async def mend(self, epoch: int, newborn: int, terms: Terms, listener: Listener) -> bool:
+        """Learn who lives and where they stand, replace the others, tell all whom to push to.
+
+        `newborn` is the number of the last step that new hops need not know of. Returns whether
+        somebody had to be replaced. Raises NoRoute, Interrupted.
+        """
+        living = [hop for hop in self.hops if hop.alive]
+        await asyncio.gather(*(hop.sync(epoch, self._timeouts.sync) for hop in living))
+        lost = [hop for hop in self.hops if not hop.alive]
+        for hop in lost:
+            self._blame(hop)
+        self.hops = self._closed_gaps(terms, newborn)
+        targets = [hop.target for hop in self.hops[1:]] + [None]
+        await asyncio.gather(
+            *(hop.close() for hop in lost),
+            *(
+                self._open(hop, target, listener)
+                for hop, target in zip(self.hops, targets, strict=True)
+            ),
+        )
+        for hop in self.hops:
+            if not hop.alive:
+                self._blame(hop)
+                raise Interrupted(f"could not open {hop}: {hop.failure}")
+        return bool(lost)
+
+    async def close(self) -> None:
+        """Free the sessions on all servers."""
+        await asyncio.gather(*(hop.close() for hop in self.hops))
+        self.hops = []
+
+    def _closed_gaps(self, terms: Terms, newborn: int) -> list[Hop]:
+        """The hops that live, and new ones between them. Raises NoRoute."""
+        route: list[Hop] = []
+        start = self._blocks.start
+        for hop in [*(hop for hop in self.hops if hop.alive), None]:
+            gap_end = hop.blocks.start if hop is not None else self._blocks.end
+            if start < gap_end:
+                for server, blocks in self._router.route(BlockRange(start, gap_end), terms):
+                    route.append(Hop(server, blocks, terms))
+                    route[-1].last_step = newborn
+            if hop is not None:
+                route.append(hop)
+                start = hop.blocks.end
+        return route
+
+    async def _open(self, hop: Hop, target: PushTarget | None, listener: Listener) -> None:
+        if hop.alive:
+            await hop.redirect(None if target == hop.cannot_push_to else target)
+        else:
+            timeout = self._timeouts.connect
+            await hop.open(self._transport, self._access, target, listener, timeout)
+
+    def _blame(self, hop: Hop) -> None:
+        failure = hop.failure
+        innocent = isinstance(failure, SessionClosed) or (
+            isinstance(failure, RemoteProtocolError) and failure.code in _INNOCENT
+        )
+        if failure is not None and not innocent and not hop.blamed:
+            self._router.failed(hop.peer_id, failure)
+        hop.blamed = True

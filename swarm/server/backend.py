@@ -1,0 +1,116 @@
+"""One pass of the device: slices of several sessions' steps through the span they share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from swarm.errors import CannotRewind, ErrorCode, RemoteProtocolError
+from swarm.models.spans import Span, SpanCache, SpanStep
+from swarm.server.scheduler import Slice
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Work:
+    """One step on its way through the device; `hidden` is [B, T, H] on the CPU."""
+
+    key: int
+    client: str
+    cache: SpanCache
+    hidden: torch.Tensor
+    inputs: Mapping[str, torch.Tensor]
+    crop_to: int | None = None
+    reorder: Sequence[int] | None = None
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    compute_ms: float = 0.0
+
+    def result(self) -> torch.Tensor:
+        """[B, T, H] on the CPU."""
+        return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
+
+
+Failures = dict[int, RemoteProtocolError]
+
+
+class Backend:
+    """Runs on the device thread only."""
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.passes = 0
+        self.shared_passes = 0  # passes that held steps of several sessions
+        self.steps = 0
+
+    def run(self, slices: Sequence[Slice], works: Mapping[int, Work]) -> Failures:
+        """Compute one pass; outputs land in the works. Returns why works failed, by key."""
+        failures: Failures = {}
+        ready: list[tuple[Slice, SpanStep]] = []
+        for piece in slices:
+            work = works[piece.key]
+            try:
+                if piece.begin == 0:
+                    self._rearrange(work)
+            except CannotRewind as error:
+                failures[piece.key] = RemoteProtocolError(
+                    ErrorCode.CANNOT_REWIND, str(error), position=work.cache.length
+                )
+                continue
+            ready.append((piece, self._step(work, piece)))
+        self.passes += 1
+        self.shared_passes += len(ready) > 1
+        self.steps += len(ready)
+        outputs = self._compute(ready)
+        for (piece, _), output in zip(ready, outputs, strict=True):
+            if isinstance(output, RemoteProtocolError):
+                failures[piece.key] = output
+            else:
+                works[piece.key].outputs.append(output)
+        return failures
+
+    def _compute(
+        self, ready: Sequence[tuple[Slice, SpanStep]]
+    ) -> list[torch.Tensor | RemoteProtocolError]:
+        steps = [step for _, step in ready]
+        lengths = [step.cache.length for step in steps]
+        try:
+            return [output.to("cpu") for output in self.span.run(steps)]
+        # Whatever torch throws here is our defect or lack of memory: it must cost only the
+        # session that causes it, so each step is tried again alone.
+        except Exception as error:
+            logger.exception("a pass of %d steps failed", len(steps))
+            if len(steps) == 1:
+                return [RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in pass")]
+        results: list[torch.Tensor | RemoteProtocolError] = []
+        for item, length in zip(ready, lengths, strict=True):
+            try:
+                item[1].cache.crop(length)
+            except CannotRewind:
+                results.append(RemoteProtocolError(ErrorCode.INTERNAL, "a shared pass failed"))
+                continue
+            results.extend(self._compute([item]))
+        return results
+
+    def _rearrange(self, work: Work) -> None:
+        if work.crop_to is not None and work.crop_to != work.cache.length:
+            work.cache.crop(work.crop_to)
+        if work.reorder is not None:
+            work.cache.reorder(work.reorder)
+
+    def _step(self, work: Work, piece: Slice) -> SpanStep:
+        device = self.span.device
+        inputs = {
+            name: value[:, piece.begin : piece.end].to(device)
+            for name, value in work.inputs.items()
+        }
+        return SpanStep(
+            cache=work.cache,
+            hidden=work.hidden[:, piece.begin : piece.end].to(device),
+            position_ids=inputs.pop("position_ids", None),
+            padding=inputs.pop("padding", None),
+            extras=inputs,
+        )

@@ -1,0 +1,255 @@
+"""What strangers may ask of a server: every word is checked here before it costs anything."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+
+from swarm.config import ServerLimits
+from swarm.errors import (
+    AuthenticationError,
+    ErrorCode,
+    PeerUnavailable,
+    RemoteProtocolError,
+    UsageError,
+)
+from swarm.identity import Access, opening_transcript
+from swarm.messages import (
+    Attach,
+    Credentials,
+    Info,
+    InfoRequest,
+    Load,
+    Message,
+    Open,
+    Opened,
+    Refused,
+    Step,
+)
+from swarm.models.spans import Span, SpanCache
+from swarm.protocol import PUSH, SESSION, Conversation, Ledger, agree_on_version
+from swarm.server.executor import Executor
+from swarm.server.memory import KvBudget
+from swarm.server.pusher import Pusher, Resolve
+from swarm.server.session import Counters, Session
+from swarm.tensors import DTYPE_NAMES
+from swarm.transport import Stream, Transport
+from swarm.types import BlockRange, ModelId, Numerics
+from swarm.wire import decode, encode
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What this server offers, and how it proves who it is."""
+
+    model: ModelId
+    numerics: Numerics
+    access: Access
+    certificate_digest: Callable[[], bytes]  # changes when the certificate is rotated
+    record: Callable[[], bytes]  # the signed record as it was last announced
+
+
+class Handler:
+    """The service behind the gRPC port (`transport.Service`)."""
+
+    def __init__(
+        self,
+        served: Served,
+        span: Span,
+        executor: Executor,
+        transport: Transport,
+        resolve: Resolve,
+        limits: ServerLimits,
+    ) -> None:
+        self._served = served
+        self._span = span
+        self._executor = executor
+        self._transport = transport
+        self._resolve = resolve
+        self._limits = limits
+        self._budget = KvBudget(limits.kv_tokens)
+        self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
+        self.counters = Counters()
+        self.draining = False
+
+    def load(self) -> Load:
+        return Load(
+            queue=self._executor.queue_depth,
+            step_ms=self._executor.median_step_ms,
+            free_tokens=self._budget.free,
+        )
+
+    @property
+    def sessions(self) -> int:
+        return len(self._sessions)
+
+    async def session(self, stream: Stream) -> None:
+        """A client's stream: Open, then steps until either side ends it."""
+        async with self._refusing(stream):
+            conversation = Conversation(SESSION)
+            opening = conversation.receive(await self._first(stream))
+            assert isinstance(opening, Open)
+            client = self._check(opening)
+            self._budget.reserve(opening.session_id, opening.batch_size * opening.max_length)
+            try:
+                session = self._make(opening, client)
+                self._sessions[opening.session_id] = (opening.ticket, session)
+                self.counters.sessions += 1
+                await stream.send(encode(self._opened(opening)))
+                await session.serve(stream, conversation)
+            finally:
+                self._sessions.pop(opening.session_id, None)
+                self._budget.release(opening.session_id)
+
+    async def push(self, stream: Stream) -> None:
+        """Another server's stream: Attach with a ticket, then steps for that session."""
+        async with self._refusing(stream):
+            conversation = Conversation(PUSH)
+            attach = conversation.receive(await self._first(stream))
+            assert isinstance(attach, Attach)
+            session_id = attach.session_id
+            ticket, session = self._sessions.get(session_id, (b"", None))
+            if session is None or not hmac.compare_digest(ticket, attach.ticket):
+                raise RemoteProtocolError(
+                    ErrorCode.UNKNOWN_SESSION, "no such session, or not your right to push into it"
+                )
+            while (frame := await stream.receive()) is not None:
+                step = conversation.receive(decode(frame))
+                assert isinstance(step, Step)
+                if self._sessions.get(session_id, (b"", None))[1] is not session:
+                    raise RemoteProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed")
+                await session.accept_push(step)
+
+    async def info(self, request: bytes) -> bytes:
+        """Answers InfoRequest with Info or Refused."""
+        try:
+            message = decode(request)
+            if not isinstance(message, InfoRequest):
+                raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "expected 'info_request'")
+            self._authenticate(message.nonce, message.credentials)
+        except RemoteProtocolError as error:
+            self.counters.refusals += 1
+            return encode(_refusal(error))
+        backend = self._executor.backend
+        counters = asdict(self.counters) | {
+            "passes": backend.passes,
+            "shared_passes": backend.shared_passes,
+            "device_steps": backend.steps,
+            "open_sessions": len(self._sessions),
+        }
+        return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
+
+    @asynccontextmanager
+    async def _refusing(self, stream: Stream) -> AsyncGenerator[None]:
+        try:
+            yield
+        except RemoteProtocolError as error:
+            self.counters.refusals += 1
+            logger.warning("refused a stream: %s", error)
+            with suppress(PeerUnavailable, TimeoutError):
+                async with asyncio.timeout(self._limits.send_timeout):
+                    await stream.send(encode(_refusal(error)))
+                    await stream.finish()
+        except PeerUnavailable as error:
+            logger.info("a stream broke: %s", error)
+        except TimeoutError:
+            logger.info("closed a stream that said nothing for too long")
+            with suppress(PeerUnavailable):
+                await stream.send(
+                    encode(Refused(code=ErrorCode.DEADLINE, message="nothing came for too long"))
+                )
+                await stream.finish()
+
+    async def _first(self, stream: Stream) -> Message:
+        async with asyncio.timeout(self._limits.open_timeout):
+            frame = await stream.receive()
+        if frame is None:
+            raise PeerUnavailable("the stream ended before it began")
+        return decode(frame)
+
+    def _authenticate(self, nonce: bytes, credentials: Credentials) -> str:
+        access = self._served.access
+        transcript = opening_transcript(
+            access.identity.peer_id,
+            self._served.certificate_digest(),
+            nonce,
+            credentials.public_key,
+        )
+        try:
+            return access.check_opening(transcript, credentials)
+        except AuthenticationError as error:
+            raise RemoteProtocolError(ErrorCode.UNAUTHORIZED, str(error)) from error
+
+    def _check(self, opening: Open) -> str:
+        """The client's peer id. Raises RemoteProtocolError."""
+        agree_on_version(opening)
+        client = self._authenticate(opening.session_id, opening.credentials)
+        if self.draining:
+            raise RemoteProtocolError(ErrorCode.DRAINING, "this server is leaving; try another")
+        served = self._served
+        if (opening.model, opening.fingerprint) != (served.model.name, served.model.fingerprint):
+            raise RemoteProtocolError(
+                ErrorCode.WRONG_MODEL, f"this server serves {served.model}, not {opening.model}"
+            )
+        asked = (opening.dtype, opening.quantization, opening.codec)
+        if asked != (served.numerics.dtype, served.numerics.quantization, served.numerics.codec):
+            raise RemoteProtocolError(
+                ErrorCode.WRONG_MODEL, f"this server computes in {served.numerics}"
+            )
+        if len(self._sessions) >= self._limits.max_sessions:
+            raise RemoteProtocolError(ErrorCode.BUSY, "too many sessions", retry_after=1.0)
+        return client
+
+    def _make(self, opening: Open, client: str) -> Session:
+        limits = self._limits
+        ledger = Ledger(
+            batch_size=opening.batch_size,
+            max_length=opening.max_length,
+            max_step_tokens=limits.max_step_tokens,
+            hidden_size=self._span.hidden_size,
+            dtype=DTYPE_NAMES[self._span.dtype],
+        )
+        pusher = Pusher(
+            self._transport,
+            self._resolve,
+            opening.next,
+            window=limits.window,
+            timeout=limits.send_timeout,
+        )
+        session = Session(
+            client, ledger, self._cache(opening), self._executor, pusher, limits, self.counters
+        )
+        session.load = self.load
+        return session
+
+    def _cache(self, opening: Open) -> SpanCache:
+        try:
+            blocks = BlockRange(opening.start, opening.end)
+            if not self._span.blocks.contains(blocks):
+                raise UsageError(f"blocks {blocks} asked for; {self._span.blocks} are here")
+            return self._span.open_cache(blocks, opening.batch_size, opening.max_length)
+        except UsageError as error:
+            raise RemoteProtocolError(ErrorCode.BAD_SPAN, str(error)) from error
+
+    def _opened(self, opening: Open) -> Opened:
+        return Opened(
+            protocol=agree_on_version(opening),
+            window=self._limits.window,
+            max_step_tokens=self._limits.max_step_tokens,
+            load=self.load(),
+        )
+
+
+def _refusal(error: RemoteProtocolError) -> Refused:
+    return Refused(
+        code=error.code,
+        message=str(error.args[0])[:200],
+        position=error.position,
+        retry_after=error.retry_after,
+    )

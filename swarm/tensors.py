@@ -1,0 +1,55 @@
+"""Tensors to wire frames and back; values from strangers are checked before torch computes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+
+from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.messages import MAX_TOKENS, TensorFrame
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "bool": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# torch warns that bytes are read-only; nobody writes into a received tensor.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def to_frame(tensor: torch.Tensor) -> TensorFrame:
+    """Any device, any strides; the frame holds the very bits of the tensor."""
+    dense = tensor.detach().to("cpu").contiguous()
+    data = dense.view(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+    return TensorFrame.model_construct(
+        dtype=DTYPE_NAMES[dense.dtype], shape=tuple(dense.shape), data=data
+    )
+
+
+def from_frame(frame: TensorFrame) -> torch.Tensor:
+    """A read-only view of the frame's bytes on the CPU; sizes were proven by the message."""
+    dtype = TORCH_DTYPES[frame.dtype]
+    if not frame.data:
+        return torch.empty(frame.shape, dtype=dtype)
+    if dtype is torch.bool:  # any byte but 0 and 1 would be undefined behaviour
+        return torch.frombuffer(frame.data, dtype=torch.uint8).reshape(frame.shape) != 0
+    return torch.frombuffer(frame.data, dtype=dtype).reshape(frame.shape)
+
+
+def inputs_from_frames(frames: Mapping[str, TensorFrame]) -> dict[str, torch.Tensor]:
+    """What travels beside the hidden states. Raises RemoteProtocolError BAD_TENSOR."""
+    tensors = {name: from_frame(frame) for name, frame in frames.items()}
+    positions = tensors.get("position_ids")
+    if positions is not None and positions.numel():
+        low, high = torch.aminmax(positions)
+        if low < 0 or high >= MAX_TOKENS:
+            raise RemoteProtocolError(
+                ErrorCode.BAD_TENSOR, f"position_ids lie outside 0..{MAX_TOKENS - 1}"
+            )
+    return tensors
