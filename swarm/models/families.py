@@ -1,0 +1,91 @@
+"""The short table of where a model family differs, and how to find a model's stack of blocks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from swarm.errors import UnsupportedModel
+
+# Families whose blocks return a tuple where the others return the hidden states alone.
+TUPLE_BLOCKS = frozenset({"bloom", "falcon"})
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The family's own class with a language-modelling head. Raises UnsupportedModel."""
+    try:
+        found: Any = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore
+    except KeyError:
+        raise UnsupportedModel(
+            f"transformers has no causal language model for '{config.model_type}'"
+        ) from None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The decoder's part of a config: the config itself unless the model also sees or hears."""
+    return config.get_text_config(decoder=True)
+
+
+def find_stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
+    """The module whose forward runs the blocks, and the name of the list that holds them.
+
+    Raises UnsupportedModel when there is no list of `num_hidden_layers` modules.
+    """
+    count = text_config(model.config).num_hidden_layers
+    for owner in model.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return owner, name
+    raise UnsupportedModel(
+        f"'{model.config.model_type}' does not keep its {count} blocks in one list, "
+        "so it cannot be cut into spans"
+    )
+
+
+def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
+    """A copy whose per-block lists hold only blocks `[start, end)`; for the stack's forward alone.
+
+    Written past the config's validation, which rightly compares such lists with each other.
+    """
+    count = config.num_hidden_layers
+    view = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == count:
+            vars(view)[name] = value[start:end]
+    count_name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    vars(view)[count_name] = end - start
+    return view
+
+
+def rope_types(config: PreTrainedConfig) -> set[str]:
+    """Names of the position schemes in use, for example {"default"} or {"longrope"}."""
+    found: set[str] = set()
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            kind = value.get("rope_type", value.get("type"))
+            if isinstance(kind, str):
+                found.add(kind)
+            for inner in value.values():
+                walk(inner)
+
+    walk(getattr(config, "rope_parameters", None))
+    return found
+
+
+def depends_on_pass(config: PreTrainedConfig) -> bool:
+    """Whether frequencies follow the longest position of a forward (dynamic NTK, longrope).
+
+    Such models must see a text in the same pieces as the reference, and never share a pass.
+    """
+    return any("dynamic" in kind or kind == "longrope" for kind in rope_types(text_config(config)))
+
+
+def caches_latents(config: PreTrainedConfig) -> bool:
+    """Whether attention caches a compressed form and expands it on every use (DeepSeek's MLA)."""
+    return getattr(config, "kv_lora_rank", None) is not None

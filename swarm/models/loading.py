@@ -1,0 +1,167 @@
+"""Loads a span, or a client's shell, from a checkpoint: only the tensors that it needs.
+
+Which files hold them follows from the tensors' names, before anything is downloaded. Transformers
+does the loading itself (it fuses experts and renames on the way), into the family's own class from
+which everything else was taken out while it was on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from safetensors import safe_open
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import logging as hf_logging
+
+from swarm.errors import CheckpointError, UnsupportedModel, UsageError
+from swarm.models.families import causal_class, text_config
+from swarm.models.selftest import SplitProof, prove_split
+from swarm.models.shell import RemoteStack, make_shell
+from swarm.models.spans import Span, strip
+from swarm.types import BlockRange
+
+
+class Weights(Protocol):
+    """The part of `Checkpoint` that loading needs."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def config(self) -> PreTrainedConfig: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def tensor_files(self) -> Mapping[str, str]: ...
+    def fetch(self, files: Collection[str]) -> Mapping[str, Path]: ...
+
+
+def load_span(
+    checkpoint: Weights,
+    blocks: BlockRange,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    proof: SplitProof | None = None,
+) -> Span:
+    """Load `blocks`, after proving that this family can be cut (skipped when `proof` is given).
+
+    Raises UsageError for blocks the model has not, UnsupportedModel for one that cannot be cut,
+    CheckpointError when tensors are missing.
+    """
+    count = text_config(checkpoint.config).num_hidden_layers
+    if blocks.end > count:
+        raise UsageError(f"{checkpoint.name} has blocks 0:{count}, so it cannot serve {blocks}")
+    proof = proof or prove_split(checkpoint.config)
+    cls = causal_class(checkpoint.config)
+    model = _load(checkpoint, cls, lambda model: strip(model, blocks), dtype, device)
+    return Span(model, blocks, can_batch=proof.can_batch)
+
+
+def load_shell(
+    checkpoint: Weights,
+    auto_class: Any,
+    remote: RemoteStack,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Load embeddings, final norm and head of the class that `auto_class` (for example
+    `AutoModelForCausalLM`) has for this family, around `remote` in place of the blocks."""
+    cls = auto_class._model_mapping[type(checkpoint.config)]
+    model = _load(checkpoint, cls, lambda model: make_shell(model, remote), dtype, device)
+    if model.can_generate() and (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model
+
+
+def _load(
+    checkpoint: Weights,
+    cls: type[PreTrainedModel],
+    prune: Callable[[PreTrainedModel], None],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    config = checkpoint.config
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"the weights of {checkpoint.name} are stored quantized; use an unquantized copy"
+        )
+    pruned = _pruned_class(cls, prune)
+    names = _needed(pruned, config, checkpoint.tensor_files)
+    paths = checkpoint.fetch({checkpoint.tensor_files[name] for name in names})
+    with _Quiet():
+        model, report = cast(Any, pruned).from_pretrained(
+            None,
+            config=config,
+            state_dict=_lazy_tensors(checkpoint.tensor_files, paths, names),
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            output_loading_info=True,
+        )
+    if report["missing_keys"]:
+        some = ", ".join(sorted(report["missing_keys"])[:3])
+        raise CheckpointError(f"{checkpoint.name} lacks tensors that the model needs: {some}")
+    return model.requires_grad_(False)
+
+
+def _pruned_class(
+    cls: type[PreTrainedModel], prune: Callable[[PreTrainedModel], None]
+) -> type[PreTrainedModel]:
+    """`cls` as it is after `prune`; transformers must take it for its own, so its names stay."""
+
+    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        prune(self)
+
+    body = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
+
+
+def _needed(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, names: Collection[str]
+) -> list[str]:
+    """The checkpoint's tensors that end up in `cls`, by the renaming that loading will apply."""
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config))
+    wanted = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    return [
+        name
+        for name in names
+        if name in wanted
+        or rename_source_key(name, renamings, converters, prefix, wanted)[0] in wanted
+        or rename_source_key(name, [], [], prefix, wanted)[0] in wanted
+    ]
+
+
+def _lazy_tensors(
+    tensor_files: Mapping[str, str], paths: Mapping[str, Path], names: Collection[str]
+) -> dict[str, Any]:
+    """Slices that read when indexed, with `pread`: mapped pages would stay in memory as well."""
+    files = {
+        file: safe_open(path, framework="pt", device="cpu", backend="pread")
+        for file, path in paths.items()
+    }
+    return {name: files[tensor_files[name]].get_slice(name) for name in names}
+
+
+class _Quiet:
+    """Keeps transformers' progress bar over tensors off the terminal."""
+
+    def __enter__(self) -> None:
+        self._was = hf_logging.is_progress_bar_enabled()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self._was:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""The client's half of a model: the family's own class, with one stand-in where its blocks were.
+
+Embeddings, final norm and head are real and run by the model's own forward; the stand-in hands the
+hidden states, and the mask and positions as the caller gave them, to a `RemoteStack`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from swarm.models.families import TUPLE_BLOCKS, find_stack, text_config
+
+# No attention runs here. Transformers builds no masks for an implementation it does not know.
+REMOTE = "swarm_remote"
+
+
+class RemoteStack(Protocol):
+    """All blocks of the model, wherever they are."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        extras: Mapping[str, Tensor],
+    ) -> Tensor:
+        """`[B, T, H]` in and out; `attention_mask` is the caller's raw mask, `[B, past + T]`."""
+        ...
+
+
+class ShellCache(Cache):
+    """What `generate` takes for a cache while the real ones are on servers: only a length."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.length = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+
+class _Call(threading.local):
+    """The arguments of the stack's forward that is running in this thread."""
+
+    arguments: Mapping[str, Any] = {}
+
+
+class StandIn(nn.Module):
+    """The only block of a shell."""
+
+    def __init__(self, stack: nn.Module, remote: RemoteStack, *, returns_tuple: bool) -> None:
+        super().__init__()
+        self.remote = remote
+        self.returns_tuple = returns_tuple
+        self._call = _Call()
+        self._signature = inspect.signature(stack.forward)
+        stack.register_forward_pre_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._call.arguments = self._signature.bind(*args, **kwargs).arguments if args else kwargs
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        given = self._call.arguments
+        output = self.remote(
+            hidden_states,
+            position_ids=given.get("position_ids"),
+            attention_mask=given.get("attention_mask"),
+            past_key_values=given.get("past_key_values"),
+            extras={},
+        )
+        return (output, None) if self.returns_tuple else output
+
+
+def make_shell(model: PreTrainedModel, remote: RemoteStack) -> None:
+    """Replace all blocks of `model`, which may be on the meta device, by `remote`, in place."""
+    stack, list_name = find_stack(model)
+    returns_tuple = text_config(model.config).model_type in TUPLE_BLOCKS
+    stand_in = StandIn(stack, remote, returns_tuple=returns_tuple)
+    setattr(stack, list_name, nn.ModuleList([stand_in]))
+    cast(Any, model.config)._attn_implementation = REMOTE

@@ -1,0 +1,262 @@
+"""A span: consecutive blocks of a Hugging Face model, run through the model's own forward.
+
+The stack (the module that owns the blocks) keeps its code for masks, positions and layer patterns;
+everything with weights around the blocks is a stand-in, and the received hidden states enter in
+front of the first block of whichever sub-span a session asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.models.attention import RAGGED, RaggedPass, Segment
+from swarm.models.cache import SpanCache, plan_layers
+from swarm.models.families import (
+    caches_latents,
+    depends_on_pass,
+    find_stack,
+    sliced_config,
+    text_config,
+)
+from swarm.types import BlockRange
+
+
+@dataclass(frozen=True, slots=True)
+class SpanStep:
+    """One session's work in a pass.
+
+    hidden: `[B, T, H]` in the span's dtype, on its device; T may be 0.
+    position_ids: int64 `[B, T]` or `[3 | 4, B, T]`; None counts on from the cache's length.
+    padding: bool or uint8 `[B, T]` for the new tokens only, 1 = real; None = all are.
+    extras: further arguments of the stack's forward; the caller has checked their names.
+    """
+
+    cache: SpanCache
+    hidden: Tensor
+    position_ids: Tensor | None = None
+    padding: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+class _Entry(nn.Module):
+    """The first block of a view: what the stack made of its input gives way to what we received."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.hidden: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.block(self.hidden, *args[1:], **kwargs)
+        kwargs["hidden_states"] = self.hidden
+        return self.block(**kwargs)
+
+    def __getattr__(self, name: str) -> Any:  # stacks read attributes such as `attention_type`
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class _Nothing(nn.Module):
+    """In place of embeddings: the stack adds or looks up something that no one will read."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.register_buffer("zeros", torch.zeros(1, 1, hidden_size), persistent=False)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return cast(Tensor, self.zeros)
+
+
+class _Same(nn.Module):
+    """In place of norms and projections around the blocks, which belong to the client."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+
+class _View:
+    """The stack as it looks to sessions on one sub-span."""
+
+    def __init__(self, stack: nn.Module, list_name: str, blocks: BlockRange) -> None:
+        layers = list(cast(nn.ModuleList, getattr(stack, list_name)))[blocks.start : blocks.end]
+        self.entry = _Entry(layers[0])
+        self.stack = copy.copy(stack)
+        vars(self.stack)["_modules"] = dict(stack.named_children())
+        setattr(self.stack, list_name, nn.ModuleList([self.entry, *layers[1:]]))
+        config = cast(Any, stack).config
+        vars(self.stack)["config"] = sliced_config(config, blocks.start, blocks.end)
+
+    def run(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.entry.hidden = hidden
+        try:
+            return self.stack(inputs_embeds=hidden, use_cache=True, return_dict=True, **kwargs)[0]
+        finally:
+            self.entry.hidden = None
+
+
+def strip(model: PreTrainedModel, blocks: BlockRange) -> None:
+    """Take everything with weights but `blocks` out of `model`, leaving what its forward calls."""
+    stack, list_name = find_stack(model)
+    layers = cast(nn.ModuleList, getattr(stack, list_name))
+    for index in range(len(layers)):
+        if not blocks.start <= index < blocks.end:
+            layers[index] = nn.Module()
+    size = text_config(model.config).hidden_size
+    kept = {layers, *(module for module in model.modules() if stack in module.modules())}
+    for owner in kept - {layers}:
+        for name, child in owner.named_children():
+            if child not in kept and any(True for _ in child.parameters()):
+                setattr(owner, name, _Nothing(size) if isinstance(child, nn.Embedding) else _Same())
+    model.all_tied_weights_keys = {}
+
+
+class Span:
+    """Blocks that a server holds. Not thread-safe: one thread owns the device.
+
+    `model` was stripped to `blocks`; `can_batch` is what the self-test found out about its family.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: BlockRange, *, can_batch: bool) -> None:
+        self._stack, self._list_name = find_stack(model)
+        self.config = text_config(model.config)
+        self.blocks = blocks
+        self.can_batch = can_batch
+        if can_batch:
+            cast(Any, self.config)._attn_implementation = RAGGED
+        first = next(self._stack.parameters())
+        self.dtype, self.device = first.dtype, first.device
+        self.hidden_size: int = self.config.hidden_size
+        self._plan = plan_layers(self.config)
+        self._views: dict[BlockRange, _View] = {}
+        self._accepted = frozenset(inspect.signature(self._stack.forward).parameters)
+        self._gathers = caches_latents(self.config)
+        self._keeps_frequencies = depends_on_pass(self.config)
+
+    def open_cache(self, blocks: BlockRange, batch_size: int, max_length: int) -> SpanCache:
+        """An empty cache for one session. Raises RemoteProtocolError (BAD_SPAN)."""
+        if not self.blocks.contains(blocks):
+            raise RemoteProtocolError(
+                ErrorCode.BAD_SPAN, f"blocks {blocks} are not held here, only {self.blocks}"
+            )
+        if blocks not in self._views:
+            self._views[blocks] = _View(self._stack, self._list_name, blocks)
+        return SpanCache(
+            self._plan,
+            blocks,
+            batch_size=batch_size,
+            max_length=max_length,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, steps: Sequence[SpanStep]) -> list[Tensor]:
+        """One pass: every step's new tokens go through its blocks and into its cache.
+
+        Returns `[B, T, H]` per step, in order. Steps of one sub-span share a forward where the
+        family allows it. No two steps of a pass may share a cache. Input is trusted here: shapes,
+        dtypes and lengths were checked where they came in. When it raises, no cache has moved.
+        """
+        results: list[Tensor | None] = [None] * len(steps)
+        groups: dict[tuple[BlockRange, int], list[int]] = {}
+        for index, step in enumerate(steps):
+            if step.hidden.shape[1] == 0:
+                results[index] = step.hidden
+            elif self.can_batch and not step.extras:
+                planes = 2 if step.position_ids is None else step.position_ids.ndim
+                groups.setdefault((step.cache.blocks, planes), []).append(index)
+            else:
+                results[index] = self._run_alone(step)
+        for (blocks, _), members in groups.items():
+            outputs = self._run_ragged(self._views[blocks], [steps[i] for i in members])
+            for index, output in zip(members, outputs, strict=True):
+                results[index] = output
+        return [cast(Tensor, result) for result in results]
+
+    def _run_alone(self, step: SpanStep) -> Tensor:
+        cache, tokens = step.cache, step.hidden.shape[1]
+        mask = cache.whole_mask(step.padding, tokens)
+        if self._keeps_frequencies:
+            _reset_ropes(self._stack)
+        wanted = {
+            "attention_mask": None if mask is None else mask.long(),
+            "position_ids": step.position_ids,
+            "past_key_values": cache,
+            **step.extras,
+        }
+        accepted = {name: value for name, value in wanted.items() if name in self._accepted}
+        output = self._views[cache.blocks].run(step.hidden, **accepted)
+        cache.commit(tokens, mask)
+        return output
+
+    def _run_ragged(self, view: _View, steps: list[SpanStep]) -> list[Tensor]:
+        segments = _segments(steps)
+        size = self.hidden_size
+        hidden = torch.cat([step.hidden.reshape(1, -1, size) for step in steps], dim=1)
+        with RaggedPass(segments, gathers=self._gathers) as work:
+            output = view.run(
+                hidden,
+                position_ids=_packed_positions(steps, self.device),
+                past_key_values=work,
+            )
+        for segment in segments:
+            segment.cache.commit(segment.tokens, segment.mask)
+        return [
+            output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
+            for segment in segments
+        ]
+
+
+def _segments(steps: list[SpanStep]) -> list[Segment]:
+    shapes = [step.hidden.shape for step in steps]
+    starts = [0]
+    for rows, tokens, _ in shapes:
+        starts.append(starts[-1] + rows * tokens)
+    return [
+        Segment(step.cache, start, rows, tokens, step.cache.whole_mask(step.padding, tokens))
+        for step, start, (rows, tokens, _) in zip(steps, starts, shapes, strict=False)
+    ]
+
+
+def _packed_positions(steps: list[SpanStep], device: torch.device) -> Tensor:
+    """int64 `[1, N]` (or `[3 | 4, 1, N]`): as given, else counted from the cache's length."""
+    if all(step.position_ids is None for step in steps):
+        spans = [
+            (step.cache.length, step.hidden.shape[1])
+            for step in steps
+            for _ in range(step.hidden.shape[0])
+        ]
+        counted = [position for start, tokens in spans for position in range(start, start + tokens)]
+        return torch.tensor([counted], device=device)
+    parts: list[Tensor] = []
+    for step in steps:
+        rows, tokens, _ = step.hidden.shape
+        if step.position_ids is None:
+            start = step.cache.length
+            parts.append(torch.arange(start, start + tokens, device=device).repeat(rows))
+        else:
+            parts.append(step.position_ids.flatten(-2))
+    return torch.cat(parts, dim=-1).unsqueeze(-2)
+
+
+def _reset_ropes(stack: nn.Module) -> None:
+    """Undo what dynamic NTK kept from earlier passes, which may have been somebody else's."""
+    for module in stack.modules():
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        for name, value in list(vars(module).items()) + list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                setattr(module, name.replace("original_", ""), value.clone())
+            elif name.endswith("max_seq_len_cached"):
+                setattr(module, name, cast(Any, module).original_max_seq_len)
