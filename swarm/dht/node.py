@@ -1,0 +1,388 @@
+"""One participant of the DHT, in the running event loop: the only door to hivemind."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import importlib.resources
+import ipaddress
+import logging
+import math
+import secrets
+import statistics
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from hivemind import hivemind_cli
+from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, DaemonConnector
+from hivemind.proto import dht_pb2
+from hivemind.utils import MSGPackSerializer
+from hivemind.utils.auth import AuthorizerBase
+from hivemind.utils.logging import use_hivemind_log_handler
+from hivemind.utils.multiaddr import Multiaddr
+
+from swarm.dht.daemon import Daemon, DaemonFailed
+from swarm.dht.validation import Entry, check_entry
+from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
+from swarm.identity import Identity, SwarmKey
+
+logger = logging.getLogger(__name__)
+
+_REPLICAS = 5
+_RPC_SECONDS = 3.0  # for one answer of one peer
+_CONNECT_SECONDS = 5.0
+_STRAGGLER_SECONDS = 0.5  # for more initial peers, once one has answered
+_OPERATION_SECONDS = 15.0  # for a whole store or look-up
+_REJOIN_SECONDS = 15.0  # between searches for lost initial peers
+_CLOCKS = 7  # how many peers are asked for the time
+_FAILURES = (P2PDaemonError, P2PHandlerError, DecodeError, OSError, EOFError)
+
+messages: Any = dht_pb2  # generated, and without types
+
+use_hivemind_log_handler("nowhere")  # it takes hold of logging when imported: undo that
+logging.addLevelName(logging.WARNING, "WARNING")
+logging.getLogger("hivemind").setLevel(logging.ERROR)
+
+
+class DhtNode:
+    """Stores and finds signed records. Made by `create`, ended by `close`."""
+
+    @classmethod
+    async def create(
+        cls,
+        identity: Identity,
+        initial_peers: Sequence[str] = (),
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        key: SwarmKey | None = None,
+        client_mode: bool = False,
+    ) -> DhtNode:
+        """Start a node and join the swarm that any of `initial_peers` (multiaddrs) belongs to.
+
+        In client mode nobody can connect to it and it stores nothing for others.
+        Raises UsageError, in one sentence, if that cannot be.
+        """
+        peers = [peer for peer in map(_Peer, initial_peers) if peer.name != identity.peer_id]
+        node = cls(identity, peers, key, _daemon_arguments(host, port, client_mode))
+        try:
+            await node._start(client_mode)
+            await node._join()
+        except BaseException:
+            await node.close()
+            raise
+        node._keeper = asyncio.create_task(node._keep_joined(client_mode))
+        return node
+
+    def __init__(
+        self, identity: Identity, peers: list[_Peer], key: SwarmKey | None, arguments: list[str]
+    ) -> None:
+        """Use `create`."""
+        self.identity, self.key = identity, key
+        self.clock_offset = 0.0  # seconds that the swarm's clock is ahead of ours
+        self._peers, self._arguments = peers, arguments
+        self._daemon: Daemon | None = None
+        self._dht: DHTNode | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    def now(self) -> float:
+        """Seconds since 1970 by the swarm's clock, which ours may differ from by an hour."""
+        return time.time() + self.clock_offset
+
+    async def store(self, keys: Sequence[str], value: bytes, kept_until: float) -> bool:
+        """Store our own record under each key; False if a node did not take it."""
+        async with self._working("store a record in the DHT") as dht:
+            stored = await dht.store_many(
+                list(keys), [value] * len(keys), kept_until, [self.identity.peer_id] * len(keys)
+            )
+        return all(stored.values())
+
+    async def get_many(self, keys: Sequence[str]) -> dict[str, list[bytes]]:
+        """The records under each key, from all nodes that should have them.
+
+        Raises PeerUnavailable if nobody can be asked.
+        """
+        async with self._working("look into the DHT") as dht:
+            if self._peers and not dht.protocol.routing_table.uid_to_peer_id:
+                await self._greet_all(self._peers)
+                if not dht.protocol.routing_table.uid_to_peer_id:
+                    raise PeerUnavailable("no peer of the swarm answers any more")
+            found: dict[str, Any] = await dht.get_many(list(keys), math.inf)
+        return {key: _values(found[key]) for key in keys}
+
+    async def visible_addresses(self) -> list[str]:
+        """Multiaddrs at which others may join through us; loopback comes last."""
+        async with self._working("ask for our addresses") as dht:
+            addresses = [str(address) for address in await dht.get_visible_maddrs(latest=True)]
+        return sorted(addresses, key=lambda text: text.startswith("/ip4/127."))
+
+    async def close(self) -> None:
+        """Leave the swarm; returns when the daemon is gone. Idempotent."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        await self._stop()
+
+    async def _start(self, client_mode: bool) -> None:
+        binary = Path(str(importlib.resources.files(hivemind_cli) / "p2pd"))
+        try:
+            self._daemon = await Daemon.start(binary, self.identity, self._arguments)
+        except DaemonFailed as error:
+            raise UsageError(f"the DHT does not start: {error}; check its host and port") from error
+        socket = Multiaddr(f"/unix{self._daemon.control}")
+        self._control = await ControlClient.create(
+            DaemonConnector(socket), use_persistent_conn=False
+        )
+        self._dht = await DHTNode.create(
+            await P2P.replicate(socket),
+            DHTID.generate(self.identity.peer_id),
+            num_replicas=_REPLICAS,
+            wait_timeout=_RPC_SECONDS,
+            cache_locally=False,  # look-ups must see what has changed
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+            client_mode=client_mode,
+            record_validator=(validator := _Validator(self)),
+            authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
+        )
+        protocol: Any = self._dht.protocol
+        # hivemind drops a whole answer for one bad record in it, with which anybody could hide all
+        protocol._validate_dictionary = validator.drop_invalid
+        make_stub = protocol.get_stub
+
+        def stub_for(peer: PeerID) -> Any:
+            stub = make_stub(peer)
+            stub._service_public_key = peer  # reaches _Authorizer.sign_request
+            return stub
+
+        protocol.get_stub = stub_for
+
+    async def _stop(self) -> None:
+        if self._dht is not None:
+            p2p: P2P = self._dht.protocol.p2p
+            self._dht = None
+            await p2p.shutdown()
+        if self._daemon is not None:
+            await self._daemon.stop()
+
+    async def _join(self) -> None:
+        if not self._peers:
+            return
+        addresses = ", ".join(peer.text for peer in self._peers)
+        reached, answered = await self._greet_all(self._peers)
+        if not reached:
+            raise UsageError(
+                f"no peers reachable at {addresses}: check the addresses, and that they are up"
+            )
+        if not answered:
+            raise UsageError(f"the peers at {addresses} do not let us in: check the swarm key")
+        async with self._working("join the DHT") as dht:
+            await dht.find_nearest_nodes([dht.node_id])
+            neighbours = list(dht.protocol.routing_table.uid_to_peer_id.values())[:_CLOCKS]
+        await self._set_clock(neighbours)
+
+    async def _set_clock(self, neighbours: list[PeerID]) -> None:
+        greetings = await asyncio.gather(*(self._ping(peer) for peer in neighbours))
+        offsets = [offset for offset in greetings if offset is not None]
+        if len(offsets) > 1:
+            offsets.append(0.0)  # of two who disagree the other is right; among more we have a vote
+        self.clock_offset = statistics.median(offsets) if offsets else 0.0
+        if abs(self.clock_offset) > 60:
+            logger.warning("this machine's clock is %.0f s behind others'", self.clock_offset)
+
+    async def _greet_all(self, peers: Sequence[_Peer]) -> tuple[bool, bool]:
+        """Connect to peers at once; whether any was reached, and whether any let us in."""
+        pending = {asyncio.create_task(self._greet(peer)) for peer in peers}
+        results: list[bool | None] = []
+        while pending:
+            done, pending = await asyncio.wait(
+                pending,
+                timeout=_STRAGGLER_SECONDS if True in results else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            results += [task.result() for task in done]
+            if not done:
+                break
+        for straggler in pending:
+            straggler.cancel()
+        return any(result is not None for result in results), True in results
+
+    async def _greet(self, peer: _Peer) -> bool | None:
+        """None: not reached. False: reached, but it does not talk to us."""
+        try:
+            async with asyncio.timeout(_CONNECT_SECONDS):
+                await self._control.connect(peer.id, [peer.address])
+        except (*_FAILURES, TimeoutError) as error:
+            logger.info("no peer at %s: %s", peer.text, error or "timeout")
+            return None
+        return await self._ping(peer.id) is not None
+
+    async def _ping(self, peer: PeerID) -> float | None:
+        """Know and be known by a peer. How far its clock is ahead; None if it does not answer."""
+        if self._dht is None:
+            return None
+        protocol, asked = self._dht.protocol, time.time()
+        request = messages.PingRequest(peer=protocol.node_info, validate=False)
+        try:
+            answer = await protocol.get_stub(peer).rpc_ping(request, timeout=_RPC_SECONDS)
+        except (*_FAILURES, TimeoutError) as error:
+            logger.info("peer %s does not answer: %s", peer, error or "timeout")
+            return None
+        if answer is None or len(answer.peer.node_id) != DHTID.HASH_NBYTES:
+            logger.info("peer %s does not prove the swarm key, or is a client", peer)
+            return None
+        await protocol.update_routing_table(DHTID.from_bytes(answer.peer.node_id), peer)
+        offset = answer.dht_time - (asked + time.time()) / 2
+        return offset if math.isfinite(offset) else 0.0
+
+    async def _keep_joined(self, client_mode: bool) -> None:
+        """Bring back a daemon that died, and meet initial peers again after they came back."""
+        while True:
+            await asyncio.sleep(_REJOIN_SECONDS)
+            try:
+                if self._daemon is not None and not self._daemon.alive:
+                    logger.warning("the DHT's daemon has ended: starting another one")
+                    await self._stop()
+                    await self._start(client_mode)
+                async with self._working("look for peers") as dht:
+                    known = dht.protocol.routing_table.peer_id_to_uid
+                await self._greet_all([peer for peer in self._peers if peer.id not in known])
+            except (UsageError, PeerUnavailable, *_FAILURES) as error:
+                logger.warning("%s; trying again in %.0f s", error, _REJOIN_SECONDS)
+
+    @asynccontextmanager
+    async def _working(self, what: str) -> AsyncGenerator[DHTNode, None]:
+        """The running node, within a deadline, with hivemind's errors translated."""
+        if self._dht is None or self._daemon is None or not self._daemon.alive:
+            raise PeerUnavailable(f"could not {what}: its daemon has ended")
+        try:
+            async with asyncio.timeout(_OPERATION_SECONDS):
+                yield self._dht
+        except TimeoutError as error:
+            raise PeerUnavailable(f"could not {what} in {_OPERATION_SECONDS:.0f} s") from error
+        except _FAILURES as error:
+            raise PeerUnavailable(f"could not {what}: {error}") from error
+
+
+class _Peer:
+    """An initial peer: where it listens, and who it must turn out to be."""
+
+    def __init__(self, text: str) -> None:
+        """Raises UsageError."""
+        try:
+            address = Multiaddr(text)
+            self.name: str = address["p2p"]
+            self.id = PeerID.from_base58(self.name)
+            self.address = address.decapsulate("/p2p/" + self.name)
+            if "tcp" not in self.address:
+                raise ValueError("no TCP port")
+        except (ValueError, LookupError) as error:
+            raise UsageError(
+                f"'{text}' is not the address of a peer, "
+                "which looks like /ip4/10.0.0.5/tcp/4001/p2p/Qm...; copy it from a server's output"
+            ) from error
+        self.text = text
+
+
+class _Validator(RecordValidatorBase):
+    """hivemind's view of `check_entry`. On the network a value is the record's own bytes."""
+
+    def __init__(self, node: DhtNode) -> None:
+        self._node = node
+
+    def validate(self, record: DHTRecord) -> bool:
+        subkey = record.subkey[2:].decode(errors="replace")  # msgpack: type, length, text
+        try:
+            if MSGPackSerializer.dumps(subkey) != record.subkey:
+                raise InvalidRecord("a value without the subkey of a peer")
+            check_entry(
+                Entry(record.key, subkey, record.value, record.expiration_time),
+                swarm_key=self._node.key,
+                now=self._node.now(),
+                hashed=lambda name: DHTID.generate(name).to_bytes(),
+            )
+        except InvalidRecord as error:
+            logger.info("refused %s", error)
+            return False
+        return True
+
+    def drop_invalid(self, key: bytes, dictionary: Any) -> bool:
+        """Remove from somebody's answer, or from what they want stored, all that is not valid."""
+        dictionary.maxsize = math.inf  # theirs to say in hivemind's format, but ours to keep
+        with dictionary.freeze():
+            for subkey, (value, kept_until) in list(dictionary.items()):
+                record = DHTRecord(key, MSGPackSerializer.dumps(subkey), value, kept_until)
+                if not isinstance(value, bytes) or not self.validate(record):
+                    del dictionary[subkey]
+        return True
+
+    def sign_value(self, record: DHTRecord) -> bytes:
+        value: Any = MSGPackSerializer.loads(record.value)
+        return value
+
+    def strip_value(self, record: DHTRecord) -> bytes:
+        return MSGPackSerializer.dumps(record.value)
+
+
+class _Authorizer(AuthorizerBase):
+    """Stamps each DHT message with the swarm key, and refuses what is not stamped for us.
+
+    libp2p encrypts, so only its recipient could repeat a message, and it is stamped for that one.
+    """
+
+    def __init__(self, key: SwarmKey, peer_id: str) -> None:
+        self._key, self._recipient = key, PeerID.from_base58(peer_id).to_bytes()
+
+    async def sign_request(self, request: Any, service_public_key: Any) -> None:
+        request.auth.service_public_key = service_public_key.to_bytes()
+        request.auth.nonce = secrets.token_bytes(16)
+        request.auth.signature = self._stamp(b"request", request)
+
+    async def validate_request(self, request: Any) -> bool:
+        if request.auth.service_public_key == self._recipient and self._stamped(
+            b"request", request
+        ):
+            return True
+        logger.info("refused a DHT request without the swarm key")
+        return False
+
+    async def sign_response(self, response: Any, request: Any) -> None:
+        response.auth.nonce = request.auth.nonce
+        response.auth.signature = self._stamp(b"response", response)
+
+    async def validate_response(self, response: Any, request: Any) -> bool:
+        return response.auth.nonce == request.auth.nonce and self._stamped(b"response", response)
+
+    def _stamp(self, kind: bytes, message: Any) -> bytes:
+        return self._key.stamp(kind + message.SerializeToString(deterministic=True))
+
+    def _stamped(self, kind: bytes, message: Any) -> bool:
+        signature: bytes = message.auth.signature
+        message.auth.signature = b""
+        return hmac.compare_digest(self._stamp(kind, message), signature)
+
+
+def _values(found: Any) -> list[bytes]:
+    return [entry.value for entry in found.value.values()] if found is not None else []
+
+
+def _daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:
+    """p2pd's. Relays and NAT tricks stay off: who cannot be dialled cannot serve gRPC either."""
+    arguments = ["-relay=0", "-autonat=0", "-natPortMap=0", "-connManager=1", "-tls=1"]
+    if client_mode:
+        return [*arguments, "-dhtClient=1", "-noListenAddrs=1"]
+    try:
+        family = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError as error:
+        raise UsageError(f"host '{host}' is not an IP address, such as 0.0.0.0") from error
+    return [*arguments, "-dhtServer=1", f"-hostAddrs=/{family}/{host}/tcp/{port}"]
