@@ -211,7 +211,7 @@ class Refused(_Frozen):
     """Either direction's last message on a stream: why it ends. The session is freed."""
 
     kind: Literal["refused"] = "refused"
-    code: ErrorCode
+    code: Annotated[ErrorCode, Field(strict=False)]  # a string on the wire
     message: ShortText
     position: Position | None = None
     retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
