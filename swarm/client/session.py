@@ -35,8 +35,6 @@ from swarm.types import DTYPE_BYTES, BlockRange
 
 logger = logging.getLogger(__name__)
 
-_REMEMBERED_STEPS = 256  # more than any window of unanswered ones
-
 
 @dataclass(slots=True)
 class _Pending:
@@ -216,7 +214,7 @@ class RemoteSession:
             if index == 0:
                 for hop in self.hops:
                     hop.position = begin
-            await first.send(step)
+            await self._send(first, step)
         await self._wait(answer, pending.end)
 
     async def _refill(self, pending: _Pending) -> None:
@@ -232,15 +230,15 @@ class RemoteSession:
                 if index >= hop.window:
                     await self._wait(hop, chunks[index - hop.window][1])
                 step = self._make_step(hop, pending, low, high, opening=index == 0)
+                step = step.model_copy(update={"push": False, "quiet": high <= known})
                 hop.position = low if index == 0 else hop.position
-                update = {"push": False, "quiet": high <= known}
-                await hop.send(step.model_copy(update=update))
+                await self._send(hop, step)
             await self._wait(hop, pending.end)
 
     def _make_step(
         self, hop: Hop, pending: _Pending, begin: int, end: int, *, opening: bool
     ) -> Step:
-        step = Step(
+        return Step(
             epoch=self._epoch,
             step=next(self._numbers),
             start=begin,
@@ -250,10 +248,12 @@ class RemoteSession:
             reorder=pending.reorder if opening and self._lacks_reorder(hop, pending) else None,
             deadline_ms=max(1, int(self._config.timeouts.step * 1000)),
         )
+
+    async def _send(self, hop: Hop, step: Step) -> None:
         self._sent[step.step] = step
-        while len(self._sent) > _REMEMBERED_STEPS:
-            del self._sent[next(iter(self._sent))]
-        return step
+        while len(self._sent) > 2 * max(hop.window for hop in self.hops):
+            del self._sent[next(iter(self._sent))]  # more than ever are unanswered
+        await hop.send(step)
 
     def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
         """Pieces of `[begin, end)` that every hop takes as one step; none if it is empty."""

@@ -1,0 +1,146 @@
+"""What a distributed model adds to transformers' generate: sessions instead of caches."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
+from swarm.errors import UsageError
+
+
+class DistributedMixin:
+    """Mixed into the family's own class, in front of it."""
+
+    remote_blocks: RemoteBlocks
+
+    def inference_session(self, max_length: int = 2048) -> InferenceSession:
+        """Caches that outlive one `generate`; see `InferenceSession`."""
+        return self.remote_blocks.inference_session(max_length)
+
+
+class GeneratingMixin(DistributedMixin):
+    """For classes with a `generate`."""
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        session: InferenceSession | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' own `generate`, over a session if one is given or active.
+
+        With a session, `inputs` may be the whole text (only what the session has not seen is
+        sent), a continuation of it, or None (go on from where it stands). What comes back is
+        `inputs` and the new tokens.
+        """
+        inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        session = session if session is not None else active_session()
+        if session is None:
+            return self._generate_once(inputs, args, kwargs)
+        text, mask, old = _whole_text(session, inputs, kwargs.pop("attention_mask", None))
+        session.rollback(min(session.position, text.shape[1] - 1))
+        result = super().generate(  # pyright: ignore
+            text,
+            *args,
+            attention_mask=mask,
+            past_key_values=RemoteCache(session),
+            **kwargs,
+        )
+        sequences = cast(Tensor, result.sequences if isinstance(result, ModelOutput) else result)
+        session.output_ids = sequences
+        session.attention_mask = _grown(mask, sequences.shape[1])
+        if isinstance(result, ModelOutput):
+            cast(Any, result).sequences = sequences[:, old:]
+            return result
+        return sequences[:, old:]
+
+    def _generate_once(
+        self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Over a session of its own, which ends with the call unless the result hands it out."""
+        if kwargs.get("use_cache") is False or kwargs.get("past_key_values") is not None:
+            return super().generate(inputs, *args, **kwargs)  # pyright: ignore
+        session = self.inference_session(max_length=1)
+        result = None
+        try:
+            cache = RemoteCache(session)
+            result = super().generate(inputs, *args, past_key_values=cache, **kwargs)  # pyright: ignore
+            return result
+        finally:
+            if getattr(result, "past_key_values", None) is None:
+                session.close()
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Called by transformers once it knows how long the text may become."""
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, RemoteCache):
+            cache.session.max_length = max(cache.session.max_length, max_cache_length)
+        return super()._prepare_cache_for_generation(  # pyright: ignore
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+
+def _whole_text(
+    session: InferenceSession, inputs: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, int]:
+    """All ids, their mask, and how many of them the caller did not give."""
+    known = session.output_ids
+    if known is None or known.shape[1] == 0:
+        if inputs is None:
+            raise UsageError("the session is empty; give generate some input_ids to begin with")
+        return inputs, _grown(mask, inputs.shape[1], inputs), 0
+    if inputs is not None and inputs.shape[0] != known.shape[0]:
+        raise UsageError(
+            f"the session has {known.shape[0]} rows, the input {inputs.shape[0]}; "
+            "open another session for another batch"
+        )
+    count = known.shape[1]
+    known_mask = _grown(session.attention_mask, count, known)
+    if inputs is None:
+        return known, known_mask, count
+    if inputs.shape[1] >= count and torch.equal(inputs[:, :count].to(known.device), known):
+        return inputs, _grown(mask if mask is not None else known_mask, inputs.shape[1]), 0
+    new_mask = _grown(mask, inputs.shape[1], inputs)
+    if mask is not None and mask.shape[1] == count + inputs.shape[1]:
+        return torch.cat([known, inputs], dim=1), mask, count
+    return torch.cat([known, inputs], dim=1), torch.cat([known_mask, new_mask], dim=1), count
+
+
+def _grown(mask: Tensor | None, length: int, like: Tensor | None = None) -> Tensor:
+    """The mask with ones up to `length`."""
+    if mask is None:
+        assert like is not None
+        return torch.ones((like.shape[0], length), dtype=torch.long, device=like.device)
+    missing = length - mask.shape[1]
+    return torch.nn.functional.pad(mask[:, :length], (0, max(0, missing)), value=1)
+
+
+def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """`base` with sessions for caches; its name is the family's own, with Distributed before."""
+
+    # wraps: generate looks at the signature to learn what the family's forward takes.
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """The family's own forward. With `use_cache=True` and no `past_key_values`, the returned
+        `past_key_values` hold a session, which is closed when they are forgotten."""
+        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = RemoteCache(self.inference_session())
+        return base.forward(self, *args, **kwargs)
+
+    mixin = GeneratingMixin if base.can_generate() else DistributedMixin
+    body = {"__module__": base.__module__, "forward": forward}
+    return type(f"Distributed{base.__name__}", (mixin, base), body)

@@ -1,0 +1,268 @@
+"""The remote blocks as a module, their sessions as context managers, and generate's view of both."""
+
+from __future__ import annotations
+
+import contextvars
+import secrets
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swarm.client.hop import Hop, Terms
+from swarm.client.route import Router
+from swarm.client.session import RemoteSession
+from swarm.config import ClientConfig
+from swarm.errors import UsageError
+from swarm.identity import Access
+from swarm.loop import BackgroundLoop
+from swarm.models.shell import ShellCache
+from swarm.transport import Transport
+from swarm.types import BlockRange, ModelId, Numerics
+
+_active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
+    "swarm_session", default=None
+)
+
+
+class Connection:
+    """What all sessions of one model share; `router`'s methods are called on `loop` only."""
+
+    def __init__(
+        self,
+        model: ModelId,
+        numerics: Numerics,
+        hidden_size: int,
+        router: Router,
+        transport: Transport,
+        access: Access,
+        config: ClientConfig,
+    ) -> None:
+        self.model = model
+        self.numerics = numerics
+        self.hidden_size = hidden_size
+        self.router = router
+        self.transport = transport
+        self.access = access
+        self.config = config
+        self.loop = BackgroundLoop.shared()
+
+    def open(self, blocks: BlockRange, batch_size: int, max_length: int) -> RemoteSession:
+        terms = Terms(
+            model=self.model,
+            numerics=self.numerics,
+            hidden_size=self.hidden_size,
+            batch_size=batch_size,
+            max_length=max_length,
+            trace_id=secrets.token_hex(8),
+        )
+        return RemoteSession(blocks, terms, self.router, self.transport, self.access, self.config)
+
+
+class InferenceSession:
+    """Attention caches on the servers, for ordinary threads. One thread at a time may use it.
+
+    `with model.inference_session(max_length=512) as session:` makes it the one that `generate`
+    uses inside the block. `max_length` is what servers reserve; growing beyond it costs a replay.
+    """
+
+    def __init__(self, connection: Connection, blocks: BlockRange, max_length: int) -> None:
+        if max_length < 1:
+            raise UsageError(f"max_length is {max_length}; a session needs at least one position")
+        self.blocks = blocks
+        self.max_length = max_length
+        self.output_ids: Tensor | None = None
+        self.attention_mask: Tensor | None = None  # of output_ids; None: no padding
+        self._connection = connection
+        self._remote: RemoteSession | None = None
+        self._tokens: list[contextvars.Token[InferenceSession | None]] = []
+        self._closer: weakref.finalize[Any, Any] | None = None
+
+    @property
+    def position(self) -> int:
+        """Positions that the servers hold. Setting it rolls back; the text is cut to it, too."""
+        return 0 if self._remote is None else self._remote.position
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.rollback(position)
+        if self.output_ids is not None:
+            self.output_ids = self.output_ids[:, :position]
+
+    @property
+    def hops(self) -> Sequence[Hop]:
+        """The route as it is now: `blocks`, `endpoint` and `peer_id` of every hop."""
+        return [] if self._remote is None else list(self._remote.hops)
+
+    @property
+    def recoveries(self) -> int:
+        """How often a hop was replaced."""
+        return 0 if self._remote is None else self._remote.recoveries
+
+    def rollback(self, position: int) -> None:
+        """Forget what came after `position`, servers and client alike. Raises UsageError."""
+        if not 0 <= position <= self.position:
+            raise UsageError(
+                f"cannot go to position {position}; this session is at {self.position}"
+            )
+        if self._remote is not None:
+            self._remote.rollback(position)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i continues what row `rows[i]` was (beam search)."""
+        if self._remote is not None:
+            self._remote.reorder(rows)
+
+    def step(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """New hidden states `[B, T, H]` through all blocks; the result has the same shape.
+
+        `position_ids` is int64 `[B, T]` (or `[3 | 4, B, T]`), None counts on; `padding` is
+        `[B, T]` with 1 for real tokens. Raises NoRoute, SessionClosed.
+        """
+        if self._remote is None:
+            self._remote = self._connection.open(
+                self.blocks, hidden_states.shape[0], self.max_length
+            )
+            self._closer = weakref.finalize(self, _close, self._connection.loop, self._remote)
+            self._closer.atexit = False  # at exit the streams end anyway
+        inputs = _inputs(self.position, hidden_states, position_ids, padding)
+        output = self._connection.loop.call(self._remote.step(hidden_states, inputs))
+        return output.to(hidden_states.device, hidden_states.dtype)
+
+    def close(self) -> None:
+        """Free the servers' memory. Closing twice is fine."""
+        if self._closer is not None:
+            self._closer.detach()
+            assert self._remote is not None
+            self._connection.loop.call(self._remote.close())
+            self._closer = None
+
+    def __enter__(self) -> InferenceSession:
+        self._tokens.append(_active.set(self))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _active.reset(self._tokens.pop())
+        self.close()
+
+
+def active_session() -> InferenceSession | None:
+    """The innermost session whose `with` block we are in."""
+    return _active.get()
+
+
+def _close(loop: BackgroundLoop, remote: RemoteSession) -> None:
+    """A session that nobody refers to any more: free the servers, without waiting."""
+    loop.spawn(remote.close)
+
+
+def _inputs(
+    position: int, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None
+) -> Mapping[str, Tensor]:
+    """What has to travel: nothing that servers would assume anyway. Each is `[B, T, ...]`."""
+    batch, tokens = hidden.shape[:2]
+    inputs: dict[str, Tensor] = {}
+    if position_ids is not None:
+        counted = torch.arange(position, position + tokens)
+        if not torch.equal(position_ids.cpu(), counted.expand(position_ids.shape)):
+            given = position_ids if position_ids.ndim == 2 else position_ids.permute(1, 2, 0)
+            inputs["position_ids"] = given.expand(batch, *given.shape[1:]).cpu().long()
+    if padding is not None and not bool(padding.bool().all()):
+        inputs["padding"] = padding.expand(batch, tokens).cpu().bool()
+    return inputs
+
+
+class RemoteCache(ShellCache):
+    """A session in the shape that transformers wants a cache to have."""
+
+    def __init__(self, session: InferenceSession) -> None:
+        self.session = session
+        super().__init__()
+
+    @property
+    def length(self) -> int:
+        return self.session.position
+
+    @length.setter
+    def length(self, value: int) -> None:
+        if value != self.session.position:
+            self.session.rollback(value)
+
+    def crop(self, max_length: int) -> None:
+        """Like transformers' own: a negative number counts from the end."""
+        if max_length < 0:
+            self.session.rollback(self.session.position + max_length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.session.reorder(beam_idx.tolist())
+
+    def activate_past_recording(self) -> None:
+        """Servers can always go back, or be replayed to."""
+
+
+class RemoteBlocks(nn.Module):
+    """Blocks `[start, end)` of a model, somewhere in the swarm.
+
+    Calling it runs hidden states `[B, T, H]` through all of them, without a cache; slices are
+    RemoteBlocks, too; `inference_session` keeps caches. Gradients do not pass through yet.
+    """
+
+    def __init__(self, connection: Connection, blocks: BlockRange) -> None:
+        super().__init__()
+        self.connection = connection
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int | slice) -> RemoteBlocks:
+        """`blocks[3:9]` are blocks 3 to 8 of these, `blocks[3]` is one. Raises IndexError."""
+        if isinstance(index, int):
+            index = range(len(self))[index]
+            index = slice(index, index + 1)
+        start, end, stride = index.indices(len(self))
+        if stride != 1 or start >= end:
+            raise IndexError(f"{index} does not name consecutive blocks of {self.blocks}")
+        first = self.blocks.start
+        return RemoteBlocks(self.connection, BlockRange(first + start, first + end))
+
+    def inference_session(self, max_length: int = 2048) -> InferenceSession:
+        """Reserves `max_length` positions per row on every server, at the first step."""
+        return InferenceSession(self.connection, self.blocks, max_length)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """`attention_mask` is `[B, T]` (or `[B, past + T]`) with 1 for real tokens."""
+        if hidden.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                "gradients do not pass through remote blocks yet; call under torch.no_grad()"
+            )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise UsageError("attention_mask must be [batch, length] with 1 for real tokens")
+        if extras:
+            raise UsageError(f"{', '.join(extras)} cannot travel through the swarm yet")
+        tokens = hidden.shape[1]
+        padding = None if attention_mask is None else attention_mask[:, -tokens:]
+        if isinstance(past_key_values, RemoteCache):
+            session = past_key_values.session
+            return session.step(hidden, position_ids=position_ids, padding=padding)
+        session = self.inference_session(max_length=max(1, tokens))
+        try:
+            return session.step(hidden, position_ids=position_ids, padding=padding)
+        finally:
+            session.close()

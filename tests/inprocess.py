@@ -1,0 +1,211 @@
+"""Whole servers in this process on a fake network: to cut, freeze and watch them exactly."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from swarm.client.hop import Terms
+from swarm.client.remote import Connection, RemoteBlocks
+from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
+from swarm.dht.records import ServerRecord, SignedRecord, open_record, sign_record
+from swarm.errors import NoRoute, SwarmError
+from swarm.fakes import FakeNetwork
+from swarm.identity import Access, Identity, SwarmKey
+from swarm.loop import BackgroundLoop
+from swarm.messages import PushTarget
+from swarm.models.spans import Span
+from swarm.server.backend import Backend
+from swarm.server.executor import Executor
+from swarm.server.handler import Handler, Served
+from swarm.tensors import DTYPE_NAMES
+from swarm.transport import Endpoint, Service
+from swarm.types import BlockRange, ModelId, Numerics
+
+NOW = 1_700_000_000.0
+MODEL = ModelId("tiny", hashlib.sha256(b"tiny").hexdigest())
+QUICK = ClientTimeouts(connect=5.0, sync=0.5, step=2.0, recovery=3.0, refresh=0.01)
+
+
+@cache
+def identity(index: int) -> Identity:
+    """RSA keys take long to make; tests share them."""
+    return Identity.ephemeral()
+
+
+@dataclass
+class FakeRouter:
+    """Takes the first living server that goes on from where the route stands, longest first."""
+
+    servers: dict[str, SignedRecord] = field(default_factory=dict)
+    banned: set[str] = field(default_factory=set)
+    failures: list[tuple[str, SwarmError]] = field(default_factory=list)
+    refreshed: int = 0
+
+    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
+        route: list[tuple[SignedRecord, BlockRange]] = []
+        at = blocks.start
+        while at < blocks.end:
+            able = [
+                server
+                for name, server in self.servers.items()
+                if name not in self.banned
+                and server.record.blocks.start <= at < server.record.blocks.end
+            ]
+            if not able:
+                raise NoRoute(f"blocks {at}:{blocks.end} of {terms.model} are served by nobody")
+            best = max(able, key=lambda server: server.record.blocks.end)
+            end = min(blocks.end, best.record.blocks.end)
+            route.append((best, BlockRange(at, end)))
+            at = end
+        return route
+
+    async def refresh(self) -> None:
+        self.refreshed += 1
+
+    def failed(self, peer_id: str, error: SwarmError) -> None:
+        self.failures.append((peer_id, error))
+        self.banned.add(peer_id)
+
+    def worked(self, peer_id: str, tokens: int, seconds: float) -> None:
+        pass
+
+
+@dataclass
+class Server:
+    """One server of an InProcessSwarm."""
+
+    endpoint: Endpoint
+    record: SignedRecord
+    handler: Handler
+    executor: Executor
+
+    @property
+    def peer_id(self) -> str:
+        return self.endpoint.peer_id
+
+
+class InProcessSwarm:
+    """Spans on the background loop; everything here may be called from the test's thread."""
+
+    def __init__(self, *, swarm_key: SwarmKey | None = None, limits: ServerLimits | None = None):
+        self.network = FakeNetwork()
+        self.router = FakeRouter()
+        self.servers: list[Server] = []
+        self.loop = BackgroundLoop.shared()
+        self.key = swarm_key
+        self.limits = limits or ServerLimits(send_timeout=2.0)
+
+    def __enter__(self) -> InProcessSwarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call(self._stop(), timeout=30)
+        assert not self.network.defects, self.network.defects
+
+    async def _stop(self) -> None:
+        await self.network.close()
+        for server in self.servers:
+            await server.executor.stop()
+
+    def add(self, span: Span, *, listed: bool = True) -> Server:
+        """A server that holds `span`; it takes part in routes if `listed`."""
+        return self.loop.call(self._add(span, listed))
+
+    async def _add(self, span: Span, listed: bool) -> Server:
+        index = len(self.servers)
+        mine = identity(index)
+        endpoint = Endpoint("10.0.0.1", 1000 + index, mine.peer_id, bytes([index]) * 32)
+        record = ServerRecord(
+            peer_id=mine.peer_id,
+            model=MODEL,
+            blocks=span.blocks,
+            num_blocks=64,
+            host=endpoint.host,
+            port=endpoint.port,
+            certificate_digest=endpoint.certificate_digest,
+            numerics=Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
+            announced_at=int(NOW * 1000),
+        )
+        signed = sign_record(record, mine, self.key)
+        executor = Executor(Backend(span), self.limits.pass_tokens)
+        executor.start()
+        served = Served(
+            model=MODEL,
+            numerics=record.numerics,
+            access=Access(mine, self.key),
+            certificate_digest=lambda: endpoint.certificate_digest,
+            record=lambda: signed.data,
+        )
+        handler = Handler(
+            served,
+            span,
+            executor,
+            self.network.transport(mine.peer_id),
+            self._resolve,
+            self.limits,
+        )
+        self.network.serve(endpoint, Service(handler.session, handler.push, handler.info))
+        server = Server(endpoint, signed, handler, executor)
+        self.servers.append(server)
+        if listed:
+            self.router.servers[server.peer_id] = signed
+        return server
+
+    def _resolve(self, target: PushTarget) -> Endpoint:
+        record = open_record(target.record, key=self.key, now=NOW)
+        return Endpoint(record.host, record.port, record.peer_id, record.certificate_digest)
+
+    def blocks(
+        self,
+        span: Span,
+        blocks: BlockRange,
+        *,
+        timeouts: ClientTimeouts = QUICK,
+        chunk_bytes: int = 1 << 20,
+        key: SwarmKey | None = None,
+    ) -> RemoteBlocks:
+        """A client's view of the swarm."""
+        connection = Connection(
+            MODEL,
+            Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
+            span.hidden_size,
+            self.router,
+            self.network.transport("client"),
+            Access(identity(99), key or self.key),
+            ClientConfig(timeouts=timeouts, chunk_bytes=chunk_bytes),
+        )
+        return RemoteBlocks(connection, blocks)
+
+    # What may happen to servers; from the test's thread.
+
+    def on_loop(self, function: Any, *args: Any) -> Any:
+        async def call() -> Any:
+            return function(*args)
+
+        return self.loop.call(call())
+
+    def cut(self, server: Server) -> None:
+        self.on_loop(self.network.cut, server.endpoint)
+
+    def serving(self, session: Any, block: int) -> Server:
+        """Who serves `block` for that session now."""
+        hop = next(hop for hop in session.hops if hop.blocks.start <= block < hop.blocks.end)
+        return next(server for server in self.servers if server.peer_id == hop.peer_id)
+
+
+def span_of(model: Any, start: int, end: int, *, can_batch: bool = True) -> Span:
+    """Blocks of a local model as a span; the model itself is left alone."""
+    import copy
+
+    from swarm.models.spans import strip
+
+    part = copy.deepcopy(model)
+    strip(part, BlockRange(start, end))
+    return Span(part, BlockRange(start, end), can_batch=can_batch)
