@@ -21,14 +21,24 @@ class Endpoint:
 
 
 class Stream(Protocol):
-    """A bidirectional stream of frames, in order, each at most wire.MAX_FRAME_BYTES."""
+    """A bidirectional stream of frames, in order, each at most wire.MAX_FRAME_BYTES.
+
+    Several tasks may send, one may receive. Cancelling a `receive` loses nothing; cancelling a
+    `send` breaks the stream, as half a frame may be on its way.
+    """
 
     async def send(self, frame: bytes) -> None:
-        """Waits while the peer's buffers are full. Raises PeerUnavailable."""
+        """Waits while the peer's buffers are full. Raises PeerUnavailable.
+
+        After that `receive` may still give what the peer had said, a refusal for example.
+        """
         ...
 
     async def receive(self) -> bytes | None:
-        """The next frame; None when the peer has ended politely. Raises PeerUnavailable."""
+        """The next frame; None when the peer has ended politely.
+
+        Raises PeerUnavailable; RemoteProtocolError OVERSIZE if either end sent too large a frame.
+        """
         ...
 
     async def finish(self) -> None:

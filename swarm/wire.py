@@ -13,6 +13,9 @@ from swarm.messages import AnyMessage, Message
 MAX_FRAME_BYTES = 16 << 20
 """Largest frame that anybody may send; gRPC refuses larger ones before they are in memory."""
 
+_MAX_VALUES = 4096  # in all lists and maps of a frame together; only tensors' bytes are large
+_MAX_STRING_BYTES = 1024
+
 _messages: TypeAdapter[Any] = TypeAdapter(AnyMessage)
 
 
@@ -29,8 +32,28 @@ def unpack(data: bytes, max_size: int = MAX_FRAME_BYTES) -> object:
         raise RemoteProtocolError(
             ErrorCode.OVERSIZE, f"a frame of {len(data)} bytes; at most {max_size} are allowed"
         )
+    left = _MAX_VALUES
+
+    def count(container: Any) -> Any:
+        """A byte can become an empty list of 64: stop before 16 MB have become a gigabyte."""
+        nonlocal left
+        left -= 1 + len(container)
+        if left < 0:
+            raise ValueError("too many values")
+        return container
+
     try:
-        return msgpack.unpackb(data, raw=False, strict_map_key=True, max_ext_len=0)
+        return msgpack.unpackb(
+            data,
+            raw=False,
+            strict_map_key=True,
+            list_hook=count,
+            object_hook=count,
+            max_array_len=_MAX_VALUES,
+            max_map_len=_MAX_VALUES,
+            max_str_len=_MAX_STRING_BYTES,
+            max_ext_len=0,
+        )
     except (ValueError, msgpack.UnpackException) as error:
         raise RemoteProtocolError(ErrorCode.BAD_FRAME, "a frame that is not msgpack") from error
 
@@ -51,7 +74,7 @@ def decode(data: bytes) -> Message:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "frame"
-        raise RemoteProtocolError(
-            ErrorCode.BAD_FRAME, f"{where}: {first['msg'].lower()}"[:200]
-        ) from None
+        said = f"{where}: {first['msg'].lower()}"[:200]
+        safe = "".join(c if c.isprintable() else "?" for c in said)  # it goes into logs
+        raise RemoteProtocolError(ErrorCode.BAD_FRAME, safe) from None
     return message
