@@ -1,0 +1,182 @@
+"""The swarm's picture of one model: who serves which blocks, as far as anybody can know.
+
+Clocks may be an hour wrong, so a record's age proves little. What does: a record that is followed
+by newer ones is a living server's; one that is not, for its lifetime, has fallen silent. Silent
+servers are shown only for blocks that nobody else holds: trying them is then better than nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from swarm.dht.memory import Dht
+from swarm.dht.records import (
+    CLOCK_SLACK,
+    REGISTRY,
+    ServerState,
+    SignedRecord,
+    dht_keys,
+    hide,
+    open_record,
+)
+from swarm.errors import InvalidRecord, PeerUnavailable
+from swarm.types import BlockRange, ModelId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    """An immutable picture of who serves `model`, ordered by first block."""
+
+    model: ModelId
+    num_blocks: int
+    servers: tuple[SignedRecord, ...] = ()
+    silent: frozenset[str] = frozenset()  # peer ids of servers that may well be gone
+
+    def holders(self, block: int) -> tuple[SignedRecord, ...]:
+        """Servers that take sessions on `block`."""
+        return tuple(server for server in self.servers if _serves(server, block))
+
+    def missing_blocks(self) -> tuple[BlockRange, ...]:
+        """Blocks that nobody takes sessions on, as ranges."""
+        missing: list[BlockRange] = []
+        for block in range(self.num_blocks):
+            if self.holders(block):
+                continue
+            if missing and missing[-1].end == block:
+                missing[-1] = replace(missing[-1], end=block + 1)
+            else:
+                missing.append(BlockRange(block, block + 1))
+        return tuple(missing)
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A server's newest record, when it was first seen (our monotonic clock), after older ones?"""
+
+    signed: SignedRecord
+    since: float
+    advanced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelListing:
+    """A model that the swarm serves."""
+
+    model: ModelId
+    num_blocks: int
+
+
+class Directory:
+    """Watches the records of one model. `view` is the last picture taken."""
+
+    def __init__(
+        self,
+        dht: Dht,
+        model: ModelId,
+        num_blocks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.view = SwarmView(model, num_blocks)
+        self._dht, self._clock = dht, clock
+        self._sightings: dict[str, Sighting] = {}
+
+    async def refresh(self) -> SwarmView:
+        """Look again. If the DHT does not answer, what is known grows old instead.
+
+        Raises PeerUnavailable if nothing is known and nobody answers.
+        """
+        model, num_blocks = self.view.model, self.view.num_blocks
+        try:
+            found = await self._dht.get_many(dht_keys(model, num_blocks, self._dht.key))
+        except PeerUnavailable as error:
+            if not self._sightings:
+                raise
+            logger.info("keeping the last picture of the swarm: %s", error)
+            found = {}
+        for signed in open_all(chain(*found.values()), self._dht):
+            if (signed.record.model, signed.record.num_blocks) == (model, num_blocks):
+                self._see(signed)
+        now = self._dht.now()
+        for peer_id, sighting in list(self._sightings.items()):
+            if sighting.signed.record.expires_at + CLOCK_SLACK < now:
+                del self._sightings[peer_id]
+        self.view = take_picture(self.view, self._sightings, now, self._clock())
+        return self.view
+
+    async def run(self, period: float) -> None:
+        """Look again every `period` seconds, until cancelled."""
+        while True:
+            await asyncio.sleep(period)
+            try:
+                await self.refresh()
+            except PeerUnavailable as error:
+                logger.warning("%s; looking again in %.0f s", error, period)
+
+    def _see(self, signed: SignedRecord) -> None:
+        """Newest counts: a server that moved left records elsewhere, and replicas lag behind."""
+        known = self._sightings.get(signed.record.peer_id)
+        if known is None or known.signed.record.announced_at < signed.record.announced_at:
+            self._sightings[signed.record.peer_id] = Sighting(
+                signed, self._clock(), known is not None
+            )
+
+
+def take_picture(
+    frame: SwarmView, sightings: Mapping[str, Sighting], now: float, clock: float
+) -> SwarmView:
+    """Who is there at `now` (the swarm's clock) and `clock` (monotonic, as in `sightings`)."""
+    present = [s for s in sightings.values() if s.signed.record.state is not ServerState.OFFLINE]
+    silent = [s.signed for s in present if _is_silent(s, now, clock)]
+    heard = [s.signed for s in present if not _is_silent(s, now, clock)]
+    covered = {block for server in heard for block in _blocks(server) if _serves(server, block)}
+    needed = [server for server in silent if not covered.issuperset(_blocks(server))]
+    return replace(
+        frame,
+        servers=tuple(sorted([*heard, *needed], key=lambda s: (s.record.blocks, s.record.peer_id))),
+        silent=frozenset(server.record.peer_id for server in needed),
+    )
+
+
+async def list_models(dht: Dht) -> tuple[ModelListing, ...]:
+    """The models that the swarm's servers announce, most listed first. Raises PeerUnavailable."""
+    registry = hide(REGISTRY, dht.key)
+    registered = open_all((await dht.get_many([registry]))[registry], dht)
+    count: dict[ModelListing, int] = {}
+    for record in (signed.record for signed in registered):
+        listing = ModelListing(record.model, record.num_blocks)
+        if record.state is not ServerState.OFFLINE:
+            count[listing] = count.get(listing, 0) + (record.expires_at > dht.now())
+    return tuple(sorted(count, key=lambda listing: -count[listing]))
+
+
+def open_all(values: Iterable[bytes], dht: Dht) -> list[SignedRecord]:
+    """The valid ones; the others are as if they did not exist."""
+    records: list[SignedRecord] = []
+    for data in values:
+        try:
+            records.append(SignedRecord(open_record(data, key=dht.key, now=dht.now()), data))
+        except InvalidRecord as error:
+            logger.info("ignored %s", error)
+    return records
+
+
+def _is_silent(sighting: Sighting, now: float, clock: float) -> bool:
+    record = sighting.signed.record
+    if clock - sighting.since > record.lifetime:
+        return True
+    return now > record.expires_at and not sighting.advanced
+
+
+def _blocks(server: SignedRecord) -> range:
+    return range(server.record.blocks.start, server.record.blocks.end)
+
+
+def _serves(server: SignedRecord, block: int) -> bool:
+    return server.record.state is ServerState.ONLINE and block in _blocks(server)
