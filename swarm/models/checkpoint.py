@@ -10,6 +10,7 @@ from typing import Protocol
 from transformers import AutoConfig, PreTrainedConfig
 
 from swarm.errors import CheckpointError
+from swarm.models.demo import DEMO_MODEL, DEMO_NAME
 from swarm.models.hub import HubRepo
 from swarm.models.manifest import (
     CONFIG_FILE,
@@ -22,8 +23,6 @@ from swarm.models.manifest import (
     read_object,
     read_tensor_names,
 )
-
-DEMO_NAME = "swarm-demo"
 
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
@@ -158,8 +157,6 @@ def _locate(
     name_or_path: str | Path | None, revision: str | None, token: str | None
 ) -> tuple[str, _Source]:
     if name_or_path is None or str(name_or_path) == DEMO_NAME:
-        from swarm.models.demo import DEMO_MODEL
-
         return DEMO_NAME, _open_folder(DEMO_MODEL)
     text = str(name_or_path)
     folder = Path(text).expanduser()
