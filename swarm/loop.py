@@ -48,6 +48,10 @@ class BackgroundLoop:
                 cls._shared = cls()
             return cls._shared
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def call(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
         """Run `coroutine` on the loop and return what it returns.
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
-
-import torch
 
 from swarm.client.hop import Terms
 from swarm.client.remote import Connection, RemoteBlocks
@@ -20,7 +18,8 @@ from swarm.fakes import FakeNetwork
 from swarm.identity import Access, Identity, SwarmKey
 from swarm.loop import BackgroundLoop
 from swarm.messages import PushTarget
-from swarm.models.spans import Span
+from swarm.models.selftest import SplitProof, prove_split
+from swarm.models.spans import Span, strip
 from swarm.server.backend import Backend
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
@@ -200,12 +199,13 @@ class InProcessSwarm:
         return next(server for server in self.servers if server.peer_id == hop.peer_id)
 
 
-def span_of(model: Any, start: int, end: int, *, can_batch: bool = True) -> Span:
+def span_of(model: Any, start: int, end: int) -> Span:
     """Blocks of a local model as a span; the model itself is left alone."""
-    import copy
-
-    from swarm.models.spans import strip
-
     part = copy.deepcopy(model)
     strip(part, BlockRange(start, end))
-    return Span(part, BlockRange(start, end), can_batch=can_batch)
+    return Span(part, BlockRange(start, end), can_batch=_proof(model).can_batch)
+
+
+@cache
+def _proof(model: Any) -> SplitProof:
+    return prove_split(model.config)

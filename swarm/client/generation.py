@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
 from swarm.errors import UsageError
@@ -53,7 +53,7 @@ class GeneratingMixin(DistributedMixin):
             past_key_values=RemoteCache(session),
             **kwargs,
         )
-        sequences = cast(Tensor, result.sequences if isinstance(result, ModelOutput) else result)
+        sequences = cast(Tensor, result["sequences"] if isinstance(result, ModelOutput) else result)
         session.output_ids = sequences
         session.attention_mask = _grown(mask, sequences.shape[1])
         if isinstance(result, ModelOutput):

@@ -1,4 +1,4 @@
-"""The remote blocks as a module, their sessions as context managers, and generate's view of both."""
+"""The remote blocks as a module, their sessions, and what generate sees of both."""
 
 from __future__ import annotations
 
@@ -196,10 +196,9 @@ class RemoteCache(ShellCache):
         if value != self.session.position:
             self.session.rollback(value)
 
-    def crop(self, max_length: int) -> None:
-        """Like transformers' own: a negative number counts from the end."""
-        if max_length < 0:
-            self.session.rollback(self.session.position + max_length)
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers calls it: minus the number of tokens to forget."""
+        self.session.rollback(self.session.position - abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.session.reorder(beam_idx.tolist())

@@ -1,0 +1,216 @@
+"""Generation over a swarm gives what transformers gives on one machine."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from swarm.client.generation import distributed_class
+from swarm.client.remote import RemoteBlocks
+from swarm.errors import UsageError
+from swarm.models.shell import make_shell
+from swarm.types import BlockRange
+from tests.inprocess import InProcessSwarm, span_of
+from tests.models.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+
+
+class Pair:
+    """A local model, and the same model through three servers with random cuts."""
+
+    def __init__(self, family: str, seed: int) -> None:
+        self.local: Any = tiny_model(family, seed)
+        self.local.generation_config.eos_token_id = None
+        self.swarm = InProcessSwarm()
+        one, two = sorted(random.Random(seed).sample(range(1, LAYERS), 2))
+        spans = [span_of(self.local, *ends) for ends in [(0, one), (one, two), (two, LAYERS)]]
+        for span in spans:
+            self.swarm.add(span)
+        self.blocks = self.swarm.blocks(spans[0], BlockRange(0, LAYERS), chunk_bytes=4096)
+        self.model = self._shell(self.blocks)
+
+    def _shell(self, blocks: RemoteBlocks) -> Any:
+        model = copy.deepcopy(self.local)
+        make_shell(model, blocks)
+        model.__class__ = distributed_class(type(model))
+        model.remote_blocks = blocks
+        return model
+
+    def same(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Both generate; the tokens must be identical. Returns them."""
+        torch.manual_seed(3)
+        expected = self.local.generate(ids, **GREEDY | options)
+        torch.manual_seed(3)
+        got = self.model.generate(ids, **GREEDY | options)
+        assert got.tolist() == expected.tolist()
+        return got
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Pair]:
+    pair = Pair("llama", seed=1)
+    with pair.swarm:
+        yield pair
+
+
+def prompt(rows: int = 1, tokens: int = 9, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.9, "top_k": 20},
+        {"do_sample": True, "top_p": 0.8, "num_return_sequences": 3},
+        {"num_beams": 4},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.7},
+        {"num_beams": 3, "do_sample": True},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 4},
+        {"use_cache": False, "max_new_tokens": 4},
+    ],
+    ids=lambda options: "-".join(options) or "greedy",
+)
+def test_every_way_to_decode(llama: Pair, options: dict[str, Any]) -> None:
+    llama.same(prompt(), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_at_random_cuts(family: str) -> None:
+    pair = Pair(family, seed=FAMILIES.index(family))
+    ids, mask = prompt(rows=2, tokens=14), torch.ones(2, 14, dtype=torch.long)
+    ids[1, :5], mask[1, :5] = 0, 0
+    with pair.swarm:
+        pair.same(ids, attention_mask=mask)
+        pair.same(ids[:1], prompt_lookup_num_tokens=2)
+        with torch.no_grad():
+            expected = pair.local(ids, attention_mask=mask).logits[mask.bool()]
+            got = pair.model(ids, attention_mask=mask).logits[mask.bool()]
+    assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_assistant_model(llama: Pair) -> None:
+    assistant = tiny_model("llama", seed=1)  # agrees often: rollbacks of every length
+    with torch.no_grad():
+        assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.05)
+    llama.same(prompt(), assistant_model=assistant, max_new_tokens=20)
+
+
+def test_left_padded_batch_equals_each_prompt_alone(llama: Pair) -> None:
+    ids, mask = prompt(rows=3), torch.ones(3, 9, dtype=torch.long)
+    for row, padded in enumerate([0, 3, 6]):
+        ids[row, :padded], mask[row, :padded] = 0, 0
+    together = llama.same(ids, attention_mask=mask)
+    for row, padded in enumerate([0, 3, 6]):
+        alone = llama.model.generate(ids[row : row + 1, padded:], **GREEDY)
+        assert alone[0, 9 - padded :].tolist() == together[row, 9:].tolist()
+
+
+def test_a_session_goes_on(llama: Pair) -> None:
+    whole = llama.local.generate(prompt(), **GREEDY | {"max_new_tokens": 24})
+    with llama.model.inference_session(max_length=64) as session:
+        first = llama.model.generate(prompt(), **GREEDY | {"max_new_tokens": 8})
+        assert session.position == first.shape[1] - 1
+        second = llama.model.generate(None, session=session, **GREEDY | {"max_new_tokens": 8})
+        third = llama.model.generate(
+            whole[:, : first.shape[1] + 8], session=session, **GREEDY | {"max_new_tokens": 8}
+        )
+    assert torch.cat([first, second], dim=1).tolist() == whole[:, : first.shape[1] + 8].tolist()
+    assert third.tolist() == whole.tolist()
+
+
+def test_a_session_rolls_back_and_takes_another_turn(llama: Pair) -> None:
+    with llama.model.inference_session(max_length=64) as session:
+        llama.model.generate(prompt(), **GREEDY)
+        session.position = 5
+        turn = prompt(tokens=4, seed=7)
+        got = llama.model.generate(turn, **GREEDY)
+    expected = llama.local.generate(torch.cat([prompt()[:, :5], turn], dim=1), **GREEDY)
+    assert got.tolist() == expected[:, 5:].tolist()
+
+
+def test_a_second_turn_with_padding_in_the_middle(llama: Pair) -> None:
+    first = prompt(rows=2)
+    turn, mask = prompt(rows=2, tokens=6, seed=5), torch.ones(2, 6, dtype=torch.long)
+    turn[1, :4], mask[1, :4] = 0, 0
+    with llama.model.inference_session(max_length=64) as session:
+        text = llama.model.generate(first, **GREEDY)
+        both = llama.model.generate(turn, attention_mask=mask, session=session, **GREEDY)
+    for row, padded in enumerate([0, 4]):
+        ids = torch.cat([text[row : row + 1], turn[row : row + 1, padded:]], dim=1)
+        alone = llama.local.generate(ids, **GREEDY)
+        assert both[row, 6:].tolist() == alone[0, ids.shape[1] :].tolist()
+
+
+def test_a_session_may_outgrow_what_was_reserved(llama: Pair) -> None:
+    with llama.model.inference_session(max_length=12):
+        got = llama.model.generate(prompt(), **GREEDY | {"max_new_tokens": 24})
+    expected = llama.local.generate(prompt(), **GREEDY | {"max_new_tokens": 24})
+    assert got.tolist() == expected.tolist()
+
+
+def test_logits_and_a_loop_by_hand(llama: Pair) -> None:
+    ids = prompt(rows=2)
+    with torch.no_grad():
+        expected = llama.local(ids).logits
+        assert torch.allclose(llama.model(ids).logits, expected, atol=1e-4)
+        begun = llama.model(ids[:, :4], use_cache=True)
+        rest = llama.model(ids[:, 4:], past_key_values=begun.past_key_values, use_cache=True)
+    assert torch.allclose(rest.logits, expected[:, 4:], atol=1e-4)
+
+
+def test_slices_of_the_blocks_show_hidden_states(llama: Pair) -> None:
+    hidden = torch.randn(2, 5, llama.blocks.connection.hidden_size)
+    whole = llama.blocks(hidden)
+    halves = llama.blocks[2:](llama.blocks[:2](hidden))
+    assert torch.allclose(whole, halves, atol=1e-4)
+    assert len(llama.blocks[1:4]) == 3
+    with llama.blocks[1:4].inference_session(max_length=8) as session:
+        pieces = [
+            session.step(hidden[:, :0]),
+            session.step(hidden[:, :3]),
+            session.step(hidden[:, 3:]),
+        ]
+    assert torch.allclose(torch.cat(pieces, dim=1), llama.blocks[1:4](hidden), atol=1e-4)
+
+
+def test_streamers_see_every_token(llama: Pair) -> None:
+    class Collector:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    streamer = Collector()
+    got = llama.model.generate(prompt(), streamer=streamer, **GREEDY)
+    assert streamer.tokens == [*got[0].tolist(), -1]
+
+
+def test_what_cannot_be_is_said(llama: Pair) -> None:
+    with pytest.raises(UsageError, match="no_grad"):
+        llama.blocks(torch.randn(1, 2, 48, requires_grad=True))
+    session = llama.model.inference_session(max_length=8)
+    with pytest.raises(UsageError, match="empty"):
+        llama.model.generate(None, session=session)
+    with pytest.raises(UsageError, match="position 3"):
+        session.position = 3
+    with pytest.raises(IndexError):
+        llama.blocks[4:4]
+
+
+def test_everything_is_given_back(llama: Pair) -> None:
+    for server in llama.swarm.servers:
+        assert llama.swarm.on_loop(lambda s=server: s.handler.sessions) == 0
