@@ -167,7 +167,7 @@ def card(
         megabytes=f"{megabytes:.1f}",
         parameters=f"{metrics['parameters']:,}",
         sources="\n".join(sources),
-        packages=" ".join(PACKAGES),
+        packages=", ".join(PACKAGES),
         train_tokens=f"{metrics['train']['tokens']:,}",
         seen_tokens=f"{training['tokens']:,}",
         epochs=f"{training['tokens'] / metrics['train']['tokens']:.1f}",
@@ -196,7 +196,7 @@ pipeline_tag: text-generation
 The model that ships with swarm, so that the demo, the tests and a bare `swarm-server` have
 something to say without a download. LlamaForCausalLM, 24 blocks, {parameters} parameters (input
 and output embeddings tied), a byte-level BPE tokenizer of its own, {megabytes} MB in all. It writes
-sentences in the manner of its two sources; it knows nothing and follows no instructions.
+sentences in the manner of its three sources; it knows nothing and follows no instructions.
 
 Weights are stored as bfloat16, and `from_pretrained` loads them as float32 (`dtype` in
 config.json). Positions up to 2,048; it was trained on windows of 256 and, near the end, 1,024

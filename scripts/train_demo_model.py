@@ -45,8 +45,8 @@ class Plan:
 
     minutes: float
     batch_tokens: int = 4096
-    depths: tuple[tuple[float, int], ...] = ((0.0, 6), (0.45, 12), (0.75, 24))
-    windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.88, 1024))
+    depths: tuple[tuple[float, int], ...] = ((0.0, 6), (0.6, 12), (0.84, 24))
+    windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.9, 1024))
     warmup: float = 0.01
     decay_from: float = 0.5
     rates: Rates = field(default_factory=Rates)
@@ -116,12 +116,12 @@ def train(
     """Train until the plan's minutes are over; a run that was cut goes on from its checkpoint."""
     stream, held_out = (encode(tokenizer, texts) for texts in (corpus.train, corpus.held_out))
     torch.manual_seed(plan.seed)
-    random = torch.Generator().manual_seed(plan.seed)
     optimizer, log = Optimizer(Net(shape, plan.depths[0][1]), plan.rates), Log(time.time())
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         optimizer, log = restore(checkpoint, shape, plan.rates)
     net, threads = optimizer.net, Threads()
+    random = torch.Generator().manual_seed(plan.seed + log.steps)
     window, source = 0, iter(())
     before = log.cpu_seconds - time.process_time()
     saved = time.time()
