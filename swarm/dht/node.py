@@ -169,9 +169,11 @@ class DhtNode:
 
     async def _stop(self) -> None:
         if self._dht is not None:
-            p2p: P2P = self._dht.protocol.p2p
+            p2p: Any = self._dht.protocol.p2p
             self._dht = None
             await p2p.shutdown()
+            control = p2p._client.control  # its tasks are cancelled, but not yet awaited
+            await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
         if self._daemon is not None:
             await self._daemon.stop()
 
