@@ -1,0 +1,92 @@
+"""What a client has learnt about each peer: how far, how fast, and whether to ask it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+MAX_PEERS = 4096  # remembered at once; whoever was heard of longest ago is forgotten
+_FIRST_BAN = 1.0  # seconds; doubled with each failure in a row
+_LONGEST_BAN = 300.0  # seconds
+_JITTER = 0.25  # so that the clients of a server that comes back do not come back all at once
+_SMOOTHING = 0.2  # weight of the newest observation
+_DECODE_TOKENS = 8  # a pass of more positions tells nothing about the time of a decode step
+
+
+class Rng(Protocol):
+    """A `random.Random`, whose seed is the caller's business."""
+
+    def random(self) -> float: ...
+
+
+@dataclass(slots=True)
+class _Peer:
+    rtt: float | None = None
+    block_seconds: float | None = None
+    failures: int = 0
+    banned_until: float = float("-inf")
+
+
+class PeerBook:
+    """One client's memory of its peers. All times are in seconds, `now` by one monotonic clock."""
+
+    def __init__(self, rng: Rng) -> None:
+        self._rng = rng
+        self._peers: dict[str, _Peer] = {}
+
+    def failed(self, peer_id: str, now: float) -> None:
+        """Ban a peer: 1 s at first, twice as long each time, at most five minutes (+- 25 %)."""
+        peer = self._touch(peer_id)
+        ban = min(_LONGEST_BAN, _FIRST_BAN * 2.0 ** min(peer.failures, 30))
+        peer.failures += 1
+        peer.banned_until = now + ban * (1 + _JITTER * (2 * self._rng.random() - 1))
+
+    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int = 0) -> None:
+        """A peer computed `tokens` positions through `blocks` (0: unknown): all is forgiven."""
+        peer = self._touch(peer_id)
+        peer.failures = 0
+        peer.banned_until = float("-inf")
+        if blocks and 0 < tokens <= _DECODE_TOKENS:
+            peer.block_seconds = _smoothed(peer.block_seconds, seconds / blocks)
+
+    def measured(self, peer_id: str, rtt: float) -> None:
+        """A question was answered after `rtt` seconds."""
+        peer = self._touch(peer_id)
+        peer.rtt = _smoothed(peer.rtt, rtt)
+
+    def banned(self, now: float) -> frozenset[str]:
+        """Who must not be asked at present."""
+        return frozenset(name for name, peer in self._peers.items() if now < peer.banned_until)
+
+    def banned_until(self, peer_id: str) -> float:
+        peer = self._peers.get(peer_id)
+        return peer.banned_until if peer else float("-inf")
+
+    def failures(self, peer_id: str) -> int:
+        """Failures since it last worked."""
+        peer = self._peers.get(peer_id)
+        return peer.failures if peer else 0
+
+    def rtt(self, peer_id: str) -> float | None:
+        """There and back, smoothed; None if it was never measured."""
+        peer = self._peers.get(peer_id)
+        return peer.rtt if peer else None
+
+    def block_seconds(self, peer_id: str) -> float | None:
+        """One decode step through one block, smoothed; None if it was never observed."""
+        peer = self._peers.get(peer_id)
+        return peer.block_seconds if peer else None
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def _touch(self, peer_id: str) -> _Peer:
+        peer = self._peers.pop(peer_id, None) or _Peer()
+        self._peers[peer_id] = peer  # dicts keep order: the last is the one heard of last
+        if len(self._peers) > MAX_PEERS:
+            del self._peers[next(iter(self._peers))]
+        return peer
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else old + _SMOOTHING * (new - old)
