@@ -1,0 +1,394 @@
+"""A server from its configuration to its last goodbye: what is started here is stopped here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args
+
+import torch
+from pydantic import ValidationError
+
+from swarm.certificates import Certificate, issue_certificate, needs_rotation
+from swarm.config import ServerLimits
+from swarm.dht.addresses import joinable_at, own_host
+from swarm.dht.announcer import Announcer
+from swarm.dht.directory import Directory, SwarmView, list_models
+from swarm.dht.node import DhtNode
+from swarm.dht.records import ServerRecord, ServerState, open_record
+from swarm.errors import ErrorCode, InvalidRecord, PeerUnavailable, UsageError
+from swarm.identity import Access, Identity, SwarmKey
+from swarm.messages import PushTarget, Refused
+from swarm.models.checkpoint import Checkpoint
+from swarm.models.families import text_config
+from swarm.models.loading import load_span
+from swarm.models.spans import Span
+from swarm.rpc import RpcServer, RpcTransport
+from swarm.server import placement, throughput
+from swarm.server.backend import Backend
+from swarm.server.executor import Executor
+from swarm.server.handler import Handler, Served
+from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES
+from swarm.transport import Endpoint, Service, Stream
+from swarm.types import BlockRange, DType, ModelId, Numerics
+from swarm.wire import encode
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STREAMS_PER_SESSION = 3  # the client's, the hop before's, and one that is being replaced
+_ROTATION_LOOK_SECONDS = 3600.0
+_DRAIN_LOOK_SECONDS = 0.05
+_GOODBYE_SECONDS = 3.0  # for telling the DHT that we drain
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What a server is asked to be. Where a choice is None or `auto`, the swarm decides."""
+
+    model: str | Path | None = None
+    model_name: str | None = None  # by which others know the model
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    blocks: BlockRange | None = None
+    num_blocks: int | None = None
+    peers: tuple[str, ...] = ()
+    host: str = "0.0.0.0"  # noqa: S104  # volunteers serve the world
+    port: int = 0
+    dht_port: int = 0
+    announce_host: str | None = None
+    public_name: str = ""
+    dtype: DType | Literal["auto"] = "auto"
+    device: str = "auto"
+    identity: Path | None = None  # None: a new one each time
+    swarm_key: SwarmKey | None = field(default=None, repr=False)
+    limits: ServerLimits = field(default_factory=ServerLimits)
+
+
+class ServerNode:
+    """A server that is up. `async with ServerNode.running(config) as node`: then `ready_line`."""
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, config: ServerConfig) -> AsyncGenerator[ServerNode]:
+        """Starts everything, in order, until strangers can be served; stops it in reverse.
+
+        Raises UsageError, in one sentence, for whatever cannot be.
+        """
+        node = cls(config)
+        async with AsyncExitStack() as stack:
+            await node._start(stack)
+            yield node
+
+    def __init__(self, config: ServerConfig) -> None:
+        """Use `running`."""
+        self._config = config
+        self._door = _Door()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._state = ServerState.JOINING
+        self._throughput = 0.0  # tokens/s, known once the span is loaded
+
+    @property
+    def ready_line(self) -> str:
+        model, blocks = self._served.model, self.blocks
+        address = f"{self._host}:{self._port}"
+        peers = ",".join(self.peers)
+        return f"ready model={model.name} blocks={blocks} address={address} peers={peers}"
+
+    async def wait(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set. Raises what a background task failed with: a defect."""
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            done, _ = await asyncio.wait(
+                {stopping, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done - {stopping}:
+                task.result()
+        finally:
+            stopping.cancel()
+
+    async def drain(self) -> None:
+        """Admit nobody any more, and give sessions `stop_timeout` seconds to end or move."""
+        deadline = time.monotonic() + self._config.limits.stop_timeout
+        self._handler.draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GOODBYE_SECONDS):
+                await self._announce(ServerState.DRAINING)
+        logger.info("leaving; %d sessions are open", self._handler.sessions)
+        # Looking is enough: this happens once, for seconds, and the handler need not know of it.
+        while self._handler.sessions and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        config = self._config
+        identity = Identity.load_or_create(config.identity) if config.identity else None
+        access = Access(identity or Identity.ephemeral(), config.swarm_key)
+        device = throughput.pick_device(config.device)
+        checkpoint: Checkpoint | None = None
+        if config.model is not None or not config.peers:
+            checkpoint = await self._open(config.model)  # before others are bothered
+        self._host = config.announce_host or own_host(config.host, config.peers)
+        self._dht = await DhtNode.create(
+            access.identity,
+            config.peers,
+            host=config.host,
+            port=config.dht_port,
+            key=access.swarm_key,
+        )
+        stack.push_async_callback(self._dht.close)
+        self.peers = joinable_at(self._host, await self._dht.visible_addresses())
+        checkpoint = checkpoint or await self._open_what_is_announced()
+        await self._choose(checkpoint, access, device)
+        await self._listen(stack)
+        await self._introduce(stack)
+        span = await _in_thread(lambda: self._load(checkpoint, device))
+        await self._serve(stack, span)
+        await self._announce(ServerState.ONLINE)
+
+    async def _open(self, model: str | Path | None) -> Checkpoint:
+        config = self._config
+        checkpoint = await _in_thread(
+            lambda: Checkpoint.open(
+                model, name=config.model_name, revision=config.revision, token=config.token
+            )
+        )
+        count = text_config(checkpoint.config).num_hidden_layers
+        if config.blocks is not None and config.blocks.end > count:
+            raise UsageError(
+                f"{checkpoint.name} has blocks 0:{count}, so it cannot serve {config.blocks}: "
+                f"choose --blocks within 0:{count}"
+            )
+        return checkpoint
+
+    async def _open_what_is_announced(self) -> Checkpoint:
+        models = await list_models(self._dht)
+        if not models:
+            raise UsageError("this swarm serves no model yet: say which MODEL to serve")
+        wanted = models[0].model
+        try:
+            checkpoint = await self._open(wanted.name)
+        except UsageError as error:
+            raise UsageError(
+                f"this swarm serves {wanted}, which cannot be had by its name ({error}): "
+                f"give its folder as MODEL and --model-name {wanted.name}"
+            ) from error
+        if checkpoint.fingerprint != wanted.fingerprint:
+            raise UsageError(
+                f"this swarm serves {wanted}, and what is found under that name has other weights: "
+                "say which MODEL (and --revision) to serve"
+            )
+        return checkpoint
+
+    async def _choose(self, checkpoint: Checkpoint, access: Access, device: torch.device) -> None:
+        """Settle what is served: blocks and numerics, by what others do."""
+        config, model = self._config, ModelId(checkpoint.name, checkpoint.fingerprint)
+        self._num_blocks: int = text_config(checkpoint.config).num_hidden_layers
+        view = SwarmView(model, self._num_blocks)
+        if config.peers:
+            view = await Directory(self._dht, model, self._num_blocks).refresh()
+        dtype = _pick_dtype(config.dtype, checkpoint, view)
+        self._served = Served(
+            model=model,
+            numerics=Numerics(dtype=dtype),
+            access=access,
+            certificate_digest=lambda: self._certificate.digest,
+            record=self._record,
+        )
+        if config.blocks is not None:
+            self.blocks = config.blocks
+            return
+        wanted = config.num_blocks or placement.fitting_blocks(
+            self._num_blocks,
+            block_bytes=throughput.block_bytes(checkpoint.config, dtype),
+            cache_bytes=throughput.cache_bytes(checkpoint.config, dtype, config.limits.kv_tokens),
+            free_bytes=throughput.free_bytes(device),
+        )
+        coming = (ServerState.JOINING, ServerState.ONLINE)
+        spans = [s.record.blocks for s in view.servers if s.record.state in coming]
+        coverage = placement.count_servers(self._num_blocks, spans)
+        self.blocks = placement.choose_blocks(coverage, wanted)
+        logger.info("blocks %s are those that the swarm has least of", self.blocks)
+
+    async def _listen(self, stack: AsyncExitStack) -> None:
+        """Take the port, which may be in use, before time is spent on weights."""
+        config, limits = self._config, self._config.limits
+        self._certificate = issue_certificate(self._served.access.identity, time.time())
+        service = Service(self._door.session, self._door.push, self._door.info)
+        self._rpc = RpcServer(service, max_streams=_STREAMS_PER_SESSION * limits.max_sessions)
+        self._port = await self._rpc.start(config.host, config.port, self._certificate)
+        stack.push_async_callback(self._rpc.stop, 0.0)
+
+    async def _introduce(self, stack: AsyncExitStack) -> None:
+        """Announce that we join, so that others who choose blocks count us in."""
+        try:
+            self._describe()
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "record"
+            raise UsageError(
+                f"this server cannot be announced ({where}: {first['msg']}): "
+                "choose another --name, --model-name or --announce-host"
+            ) from error
+        identity = self._served.access.identity
+        self._announcer = Announcer(self._dht, identity, self._describe, random.SystemRandom())
+        stack.push_async_callback(self._announcer.withdraw)
+        stack.push_async_callback(self._cancel, "announcer", "certificate")
+        self._tasks["announcer"] = asyncio.create_task(self._announcer.run())
+        self._tasks["certificate"] = asyncio.create_task(self._keep_certificate_fresh())
+
+    def _load(self, checkpoint: Checkpoint, device: torch.device) -> Span:
+        numerics = self._served.numerics
+        logger.info("loading blocks %s of %s as %s", self.blocks, checkpoint.name, numerics.dtype)
+        try:
+            span = load_span(
+                checkpoint, self.blocks, dtype=TORCH_DTYPES[numerics.dtype], device=device
+            )
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"blocks {self.blocks} do not fit into {device}: serve fewer with --num-blocks"
+            ) from error
+        self._throughput = throughput.tokens_per_second(span)
+        return span
+
+    async def _serve(self, stack: AsyncExitStack, span: Span) -> None:
+        limits = self._config.limits
+        executor = Executor(Backend(span), limits.pass_tokens)
+        executor.start()
+        stack.push_async_callback(executor.stop)
+        transport = RpcTransport()
+        stack.push_async_callback(transport.close)
+        self._handler = Handler(self._served, span, executor, transport, self._resolve, limits)
+        self._door.handler = self._handler
+        # Sessions must end before what they use does.
+        stack.push_async_callback(self._rpc.stop, 0.0)
+
+    def _describe(self) -> ServerRecord:
+        load = self._door.handler.load() if self._door.handler else None
+        return ServerRecord(
+            peer_id=self._served.access.identity.peer_id,
+            model=self._served.model,
+            blocks=self.blocks,
+            num_blocks=self._num_blocks,
+            host=self._host,
+            port=self._port,
+            certificate_digest=self._certificate.digest,
+            numerics=self._served.numerics,
+            state=self._state,
+            throughput=self._throughput,
+            queue=min(load.queue, 65_535) if load else 0,
+            free_tokens=load.free_tokens if load else 0,
+            version=_version(),
+            public_name=self._config.public_name,
+        )
+
+    def _record(self) -> bytes:
+        signed = self._announcer.signed
+        return signed.data if signed is not None else b""
+
+    def _resolve(self, target: PushTarget) -> Endpoint:
+        """Where to push, by the next hop's own word. Raises InvalidRecord."""
+        record = open_record(target.record, key=self._config.swarm_key, now=self._dht.now())
+        if (record.model, record.numerics) != (self._served.model, self._served.numerics):
+            raise InvalidRecord(f"{record.peer_id} serves another model, or computes otherwise")
+        return Endpoint(record.host, record.port, record.peer_id, record.certificate_digest)
+
+    async def _announce(self, state: ServerState) -> None:
+        """Publish a new state now; if nobody listens, the announcer tries again later."""
+        self._state = state
+        await self._cancel("announcer")  # two publications at a time could overtake each other
+        try:
+            await self._announcer.publish()
+        except PeerUnavailable as error:
+            logger.warning("could not announce that this server is %s: %s", state, error)
+        self._tasks["announcer"] = asyncio.create_task(self._announcer.run())
+
+    async def _keep_certificate_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(_ROTATION_LOOK_SECONDS)
+            if needs_rotation(self._certificate, time.time()):
+                self._rotate(issue_certificate(self._served.access.identity, time.time()))
+
+    def _rotate(self, certificate: Certificate) -> None:
+        """Connections that stand go on; whoever dials by the old record has to look again."""
+        self._certificate = certificate
+        self._rpc.rotate(certificate)
+        self._announcer.changed()
+
+    async def _cancel(self, *names: str) -> None:
+        tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+class _Door:
+    """Answers on the port for the handler, as long as there is none yet."""
+
+    def __init__(self) -> None:
+        self.handler: Handler | None = None
+
+    async def session(self, stream: Stream) -> None:
+        await (self.handler.session(stream) if self.handler else self._not_yet(stream))
+
+    async def push(self, stream: Stream) -> None:
+        await (self.handler.push(stream) if self.handler else self._not_yet(stream))
+
+    async def info(self, request: bytes) -> bytes:
+        return await self.handler.info(request) if self.handler else encode(_LOADING)
+
+    async def _not_yet(self, stream: Stream) -> None:
+        with suppress(PeerUnavailable):
+            await stream.send(encode(_LOADING))
+            await stream.finish()
+
+
+_LOADING = Refused(code=ErrorCode.BUSY, message="this server is still loading", retry_after=5.0)
+
+
+def _pick_dtype(wanted: DType | Literal["auto"], checkpoint: Checkpoint, view: SwarmView) -> DType:
+    """What others compute this model in, so that routes can be made; else the checkpoint's own."""
+    if wanted != "auto":
+        return wanted
+    if view.servers:
+        common = Counter(server.record.numerics.dtype for server in view.servers)
+        return cast(DType, common.most_common(1)[0][0])
+    own = text_config(checkpoint.config).dtype or getattr(checkpoint.config, "dtype", None)
+    name = DTYPE_NAMES.get(own, "float32") if isinstance(own, torch.dtype) else "float32"
+    return cast(DType, name) if name in get_args(DType) else "float32"
+
+
+def _version() -> str:
+    try:
+        return version("swarm-blocks")[:12]
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return ""
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    """Run it in a thread that does not keep the process alive if nobody waits any more."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  # carried to whoever waits
+            settle, value = future.set_exception, error
+        else:
+            settle, value = future.set_result, result
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(lambda: future.done() or settle(cast(Any, value)))
+
+    threading.Thread(target=run, name="swarm-load", daemon=True).start()
+    return await future
