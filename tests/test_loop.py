@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -81,6 +82,7 @@ def test_ctrl_c_cancels_the_work(loop: BackgroundLoop) -> None:
 
     def press_ctrl_c() -> None:
         endless.begun.wait(5)
+        time.sleep(0.05)  # nothing tells when the caller has begun to wait; 5 s if it has not
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press_ctrl_c).start()

@@ -37,6 +37,7 @@ class Announcer:
         self._dht, self._identity, self._describe, self._random = dht, identity, describe, random
         self._changed = asyncio.Event()
         self._announced_at = 0
+        self._publishing = asyncio.Lock()  # an older state must not overtake a newer one
 
     def changed(self) -> None:
         """Have the record published soon; for changes that matter to clients."""
@@ -62,13 +63,14 @@ class Announcer:
 
     async def publish(self) -> SignedRecord:
         """Publish now. Raises PeerUnavailable."""
-        return await self._publish(self._describe())
+        async with self._publishing:
+            return await self._publish(self._describe())
 
     async def withdraw(self) -> None:
         """Say farewell, as far as anybody listens."""
         farewell = self._describe().model_copy(update={"state": ServerState.OFFLINE})
         try:
-            async with asyncio.timeout(_FAREWELL_SECONDS):
+            async with asyncio.timeout(_FAREWELL_SECONDS), self._publishing:
                 await self._publish(farewell)
         except (PeerUnavailable, TimeoutError) as error:
             logger.info("could not withdraw this server's record: %s", error or "timeout")
