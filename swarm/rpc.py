@@ -43,6 +43,7 @@ _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.per_message_decompression", 0),
     # Notice a peer whose cable was pulled; one that was killed is noticed at once.
     ("grpc.keepalive_timeout_ms", 15_000),
+    ("grpc.http2.ping_timeout_ms", 15_000),  # the larger of the two counts; its default is 60 s
     ("grpc.http2.max_pings_without_data", 0),
 ]
 _SERVER_OPTIONS: list[tuple[str, Any]] = [

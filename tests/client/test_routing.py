@@ -186,7 +186,7 @@ def seconds(hops: Sequence[RouteHop], wanted: Request, peers: PeerBook) -> float
     return sum(offer.fixed + offer.per_block * length for offer, length in offers)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=120)
 @given(
     swarms(),
     spans,
