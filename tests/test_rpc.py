@@ -216,6 +216,7 @@ def test_a_handler_is_cancelled_when_its_client_breaks_the_stream() -> None:
 def test_a_server_can_break_a_stream(inside: bool) -> None:
     async def go() -> None:
         async def hang_up(stream: Stream) -> None:
+            await stream.receive()
             if inside:
                 stream.cancel()
                 await fails(stream.send(b"x"))
@@ -224,6 +225,7 @@ def test_a_server_can_break_a_stream(inside: bool) -> None:
 
         async with serving(hang_up) as (_, endpoint, transport):
             stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            await stream.send(b"x")
             await fails(stream.receive())
 
     run(go())
