@@ -72,7 +72,10 @@ class FakeRouter:
         self.failures.append((peer_id, error))
         self.banned.add(peer_id)
 
-    def worked(self, peer_id: str, tokens: int, seconds: float) -> None:
+    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
+        pass
+
+    def measured(self, peer_id: str, rtt: float) -> None:
         pass
 
 
@@ -203,7 +206,7 @@ def span_of(model: Any, start: int, end: int) -> Span:
     """Blocks of a local model as a span; the model itself is left alone."""
     part = copy.deepcopy(model)
     strip(part, BlockRange(start, end))
-    return Span(part, BlockRange(start, end), can_batch=_proof(model).can_batch)
+    return Span(part, BlockRange(start, end), _proof(model))
 
 
 @cache

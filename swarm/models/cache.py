@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -52,9 +53,7 @@ class KeyValueLayer(CacheLayerMixin):
         self.is_sliding = is_sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = key_states.new_empty(0)
-        self.values = value_states.new_empty(0)
-        self.is_initialized = True
+        """Nothing to do: `write` makes room."""
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Put `[batch, heads, new, head_dim]` behind the session's length, growing when full."""
@@ -140,7 +139,10 @@ class SpanCache(Cache):
     @property
     def can_rewind(self) -> bool:
         """Whether `crop` can go back to any earlier length, not only to zero."""
-        return all(layer.is_croppable for layer in self.layers)
+        return all(
+            layer.is_croppable and not isinstance(layer, LinearAttentionCacheLayerMixin)
+            for layer in self.layers
+        )
 
     @torch.inference_mode()
     def crop(self, length: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -225,7 +227,9 @@ class SpanCache(Cache):
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        return self.length > 0
+        if layer_idx is None and not any(self.is_linear):  # the model has some, this span has none
+            return self.length > 0
+        return super().has_previous_state(layer_idx, state_idx)
 
 
 def _tensors(values: dict[str, Any]) -> list[Tensor]:

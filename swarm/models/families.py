@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,7 +14,19 @@ from transformers.configuration_utils import PreTrainedConfig
 from swarm.errors import UnsupportedModel
 
 # Families whose blocks return a tuple where the others return the hidden states alone.
-TUPLE_BLOCKS = frozenset({"bloom", "falcon"})
+TUPLE_BLOCKS = frozenset(
+    {
+        "bamba",
+        "bloom",
+        "codegen",
+        "falcon",
+        "falcon_h1",
+        "glm_moe_dsa",
+        "gpt_neo",
+        "gpt_neox_japanese",
+    }
+    | {"gptj", "hy_v4", "mpt", "trocr"}
+)
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -37,14 +51,21 @@ def find_stack(model: PreTrainedModel) -> tuple[nn.Module, str]:
     Raises UnsupportedModel when there is no list of `num_hidden_layers` modules.
     """
     count = text_config(model.config).num_hidden_layers
-    for owner in model.modules():
-        for name, child in owner.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return owner, name
+    for root in (model.get_decoder(), model):  # a vision tower may have as many blocks
+        for owner in root.modules():
+            for name, child in owner.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == count:
+                    return owner, name
     raise UnsupportedModel(
         f"'{model.config.model_type}' does not keep its {count} blocks in one list, "
         "so it cannot be cut into spans"
     )
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a stack's forward calls its cache (Mamba: `cache_params`)."""
+    names = inspect.signature(forward).parameters
+    return "cache_params" if "cache_params" in names else "past_key_values"
 
 
 def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedConfig:
@@ -53,7 +74,14 @@ def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedC
     Written past the config's validation, which rightly compares such lists with each other.
     """
     count = config.num_hidden_layers
+    computed = {
+        name: getattr(config, name)[start:end]
+        for name in ("layer_types", "layers_block_type")
+        if isinstance(getattr(type(config), name, None), property)
+    }
     view = copy.copy(config)
+    if computed:
+        view.__class__ = type(type(config).__name__, (type(config),), computed)
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == count:
             vars(view)[name] = value[start:end]

@@ -22,9 +22,9 @@ from transformers.utils import logging as hf_logging
 
 from swarm.errors import CheckpointError, UnsupportedModel, UsageError
 from swarm.models.families import causal_class, text_config
-from swarm.models.selftest import SplitProof, prove_split
+from swarm.models.selftest import prove_split
 from swarm.models.shell import RemoteStack, make_shell
-from swarm.models.spans import Span, strip
+from swarm.models.spans import Span, SplitProof, strip
 from swarm.types import BlockRange
 
 
@@ -61,7 +61,7 @@ def load_span(
     proof = proof or prove_split(checkpoint.config)
     cls = causal_class(checkpoint.config)
     model = _load(checkpoint, cls, lambda model: strip(model, blocks), dtype, device)
-    return Span(model, blocks, can_batch=proof.can_batch)
+    return Span(model, blocks, proof)
 
 
 def load_shell(

@@ -1,20 +1,251 @@
-"""Proves, before a server serves a model, that cutting it changes nothing."""
+"""Proves, before a server serves a model, that cutting it changes nothing.
+
+A tiny random model of the same class runs whole, by transformers alone, and cut into single blocks
+behind a shell; what does not agree is refused. Some families come out wrong without any error.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from swarm.models.families import TUPLE_BLOCKS
+from swarm.errors import CannotRewind, UnsupportedModel
+from swarm.models.cache import SpanCache
+from swarm.models.families import cache_argument, causal_class, depends_on_pass, text_config
+from swarm.models.shell import ShellCache, make_shell
+from swarm.models.shrink import VOCAB, shrink
+from swarm.models.spans import Span, SpanStep, SplitProof, strip
+from swarm.types import BlockRange
+
+TOLERANCE = 1e-4  # of logits, absolute, or relative to the largest one
+TEXT = 14  # tokens; more than twice the small model's window
+SEED = 7
 
 
-@dataclass(frozen=True, slots=True)
-class SplitProof:
-    can_batch: bool
-    can_rewind: bool
+class ChainCache(ShellCache):
+    """A session on a `ChainedSpans`: one cache per link."""
+
+    def __init__(self, links: list[SpanCache]) -> None:
+        super().__init__()
+        self.links = links
+
+    def crop_to(self, length: int) -> None:
+        for link in self.links:
+            link.crop(length)
+        self.length = length
+
+
+class ChainedSpans:
+    """A `RemoteStack` in this process: sub-spans of one span, one after another."""
+
+    def __init__(self, span: Span, cuts: Sequence[int], max_length: int = 4 * TEXT) -> None:
+        self.span = span
+        bounds = [span.blocks.start, *cuts, span.blocks.end]
+        self.blocks = [BlockRange(a, b) for a, b in pairwise(bounds)]
+        self.max_length = max_length
+
+    def open(self, rows: int) -> ChainCache:
+        """A new session: what to pass to the shell as `past_key_values`."""
+        return ChainCache([self.span.open_cache(b, rows, self.max_length) for b in self.blocks])
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        extras: Mapping[str, Tensor],
+    ) -> Tensor:
+        tokens = hidden.shape[1]
+        padding = None if attention_mask is None else attention_mask[:, -tokens:]
+        if past_key_values is None:
+            raise UnsupportedModel("this family keeps no cache")
+        for link in past_key_values.links:
+            step = SpanStep(link, hidden, position_ids, padding, extras)
+            hidden = self.span.run([step])[0]
+        past_key_values.length += tokens
+        return hidden
 
 
 def prove_split(config: PreTrainedConfig) -> SplitProof:
-    # TODO: build the tiny model and compare; until then only the obvious is answered
-    return SplitProof(can_batch=config.model_type not in TUPLE_BLOCKS, can_rewind=True)
+    """Compare a tiny model of this family, cut after every block, with itself in one piece.
+
+    Raises UnsupportedModel when they differ or when the family cannot be cut at all.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(SEED)
+        try:
+            rehearsal = _Rehearsal(config)
+            can_resume = rehearsal.resume()
+            rehearsal.padding()
+            can_rewind = rehearsal.rewind()
+            return SplitProof(rehearsal.batch(), can_rewind, can_resume)
+        except UnsupportedModel:
+            raise
+        # Models fail in ways of their own when they are cut where they must not be.
+        except Exception as error:
+            kind = text_config(config).model_type
+            raise UnsupportedModel(f"'{kind}' models cannot be cut into spans: {error}") from error
+
+
+def small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of the family, with weights large enough for every part to show."""
+    kind = text_config(config).model_type
+    try:
+        small = shrink(config)
+        model = cast(Any, causal_class(small))._from_config(small, dtype=torch.float32).eval()
+    # Whatever a stranger's config makes transformers raise, it means the same: refuse.
+    except Exception as error:
+        raise UnsupportedModel(
+            f"no small '{kind}' model could be built to test: {error}"
+        ) from error
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+        else:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+class _Rehearsal:
+    """One small model, whole and cut, and the same texts for both."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.kind: str = text_config(config).model_type
+        self.whole = small_model(config)
+        self.count: int = text_config(self.whole.config).num_hidden_layers
+        self.whole_passes = depends_on_pass(self.whole.config)
+        self.chain = ChainedSpans(self._span(), range(1, self.count))
+        self.shell = copy.deepcopy(self.whole)
+        make_shell(self.shell, self.chain)
+        self.cache_argument = cache_argument(self.whole.forward)
+        self.ids = torch.randint(3, VOCAB, (2, TEXT))
+        self.positioned = "position_ids" in inspect.signature(self.whole.forward).parameters
+
+    def _span(self, *, can_batch: bool = False, can_resume: bool = True) -> Span:
+        model = copy.deepcopy(self.whole)
+        blocks = BlockRange(0, self.count)
+        strip(model, blocks)
+        return Span(model, blocks, SplitProof(can_batch, can_rewind=True, can_resume=can_resume))
+
+    def resume(self) -> bool:
+        """Prefill and decode of two sessions in turn; whether prefill may come in pieces."""
+        expected = self._whole(self.ids)
+        self._agree("prefill", self._cut(self.ids, self.chain.open(2)), expected)
+        if _close(self._in_turn((5, 2)), expected):
+            return True
+        self.chain.span = self._span(can_resume=False)
+        self._agree("one token after another", self._in_turn((7,)), expected)
+        return False
+
+    def _in_turn(self, prefill: tuple[int, ...]) -> Tensor:
+        pieces = (*prefill, *[1] * (TEXT - sum(prefill)))
+        if self.whole_passes:
+            pieces = (TEXT,)
+        cache, neighbour = self.chain.open(2), self.chain.open(1)
+        got: list[Tensor] = []
+        for piece in self.ids.split(pieces, dim=1):
+            got.append(self._cut(piece, cache))
+            self._cut(piece[1:], neighbour)
+        return torch.cat(got, dim=1)
+
+    def padding(self) -> None:
+        """On the left; and, where prefill may come in pieces, also in the middle of a session."""
+        mask = torch.ones_like(self.ids)
+        mask[0, :4] = 0
+        if self.chain.span.proof.can_resume:
+            mask[1, 8:10] = 0
+        expected = self._whole(self.ids, mask)
+        pieces = (TEXT,) if self.whole_passes else (7, 4, *[1] * (TEXT - 11))
+        cache = self.chain.open(2)
+        got = [self._cut(piece, cache, mask) for piece in self.ids.split(pieces, dim=1)]
+        self._agree("padding", torch.cat(got, dim=1)[mask.bool()], expected[mask.bool()])
+
+    def rewind(self) -> bool:
+        cache = self.chain.open(2)
+        self._cut(self.ids, cache)
+        try:
+            cache.crop_to(5)
+        except CannotRewind:
+            cache.crop_to(0)
+        other = torch.cat([self.ids[:, :5], self.ids.flip(1)[:, 5:]], dim=1)
+        rewound = cache.length
+        got = self._cut(other[:, rewound:], cache)
+        self._agree("rewind", got, self._whole(other)[:, rewound:])
+        return rewound > 0
+
+    def batch(self) -> bool:
+        """Whether three sessions of different shapes come out the same when they share passes."""
+        if self.whole_passes or not cast(Any, self.whole)._supports_attention_backend:
+            return False
+        torch.manual_seed(SEED)
+        hidden = torch.randn(2, TEXT, self.chain.span.hidden_size)
+        mask = torch.ones_like(self.ids, dtype=torch.bool)
+        mask[1, :3] = False
+        try:
+            alone = self._sessions(self._span(), hidden, mask, together=False)
+            shared = self._sessions(self._span(can_batch=True), hidden, mask, together=True)
+        # Models that do things in their own way fail here in their own ways; they run alone.
+        except Exception:  # noqa: BLE001
+            return False
+        return all(_close(a, b) for a, b in zip(shared, alone, strict=True))
+
+    def _sessions(
+        self, span: Span, hidden: Tensor, mask: Tensor, *, together: bool
+    ) -> list[Tensor]:
+        padded = span.open_cache(span.blocks, 2, TEXT)
+        plain = span.open_cache(span.blocks, 1, TEXT)
+        late = span.open_cache(span.blocks, 1, TEXT)
+        results: list[Tensor] = []
+        for start, end in ((0, 9), (9, 10), (10, TEXT)):
+            now = slice(start, end)
+            steps = [
+                SpanStep(padded, hidden[:, now], padding=mask[:, now]),
+                SpanStep(plain, hidden[:1, now]),
+            ]
+            if start:
+                steps.append(SpanStep(late, hidden[1:, start - 9 : end - 9]))
+            outputs = span.run(steps) if together else [span.run([step])[0] for step in steps]
+            results += [outputs[0][mask[:, now]], *outputs[1:]]
+        return results
+
+    def _whole(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.whole(ids, use_cache=False, **self._arguments(mask, 0, ids.shape[1])).logits
+
+    def _cut(self, ids: Tensor, cache: ChainCache, mask: Tensor | None = None) -> Tensor:
+        start, end = cache.length, cache.length + ids.shape[1]
+        arguments = self._arguments(mask, start, end)
+        arguments[self.cache_argument] = cache
+        return self.shell(ids, use_cache=True, **arguments).logits
+
+    def _arguments(self, mask: Tensor | None, start: int, end: int) -> dict[str, Any]:
+        """As `generate` would pass them."""
+        if mask is None:
+            return {}
+        arguments: dict[str, Any] = {"attention_mask": mask[:, :end]}
+        if self.positioned:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            arguments["position_ids"] = positions[:, start:end]
+        return arguments
+
+    def _agree(self, what: str, got: Tensor, expected: Tensor) -> None:
+        if not _close(got, expected):
+            error = (got - expected).abs().max().item()
+            raise UnsupportedModel(
+                f"'{self.kind}' models give other numbers when they are cut ({what}: "
+                f"off by {error:.1e}), so they cannot be served"
+            )
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    scale = max(1.0, expected.abs().max().item())
+    return bool((got - expected).abs().max() <= TOLERANCE * scale)

@@ -11,14 +11,16 @@ import threading
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from swarm.models.families import TUPLE_BLOCKS, find_stack, text_config
+from swarm.models.families import TUPLE_BLOCKS, cache_argument, find_stack, text_config
 
-# No attention runs here. Transformers builds no masks for an implementation it does not know.
+# No attention runs here, so the masks that the stack makes for its blocks need only be there.
 REMOTE = "swarm_remote"
+AttentionMaskInterface.register(REMOTE, lambda **_: torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
 class RemoteStack(Protocol):
@@ -50,6 +52,11 @@ class ShellCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        return self.length > 0
+
 
 class _Call(threading.local):
     """The arguments of the stack's forward that is running in this thread."""
@@ -60,11 +67,17 @@ class _Call(threading.local):
 class StandIn(nn.Module):
     """The only block of a shell."""
 
-    def __init__(self, stack: nn.Module, remote: RemoteStack, *, returns_tuple: bool) -> None:
+    def __init__(
+        self, stack: nn.Module, first: nn.Module, remote: RemoteStack, *, returns_tuple: bool
+    ) -> None:
         super().__init__()
+        for name, value in vars(first).items():  # stacks read attributes such as `attention_type`
+            if isinstance(value, str | int) and name not in vars(self):
+                setattr(self, name, value)
         self.remote = remote
         self.returns_tuple = returns_tuple
         self._call = _Call()
+        self._cache_argument = cache_argument(stack.forward)
         self._signature = inspect.signature(stack.forward)
         stack.register_forward_pre_hook(self._remember, with_kwargs=True)
 
@@ -77,7 +90,7 @@ class StandIn(nn.Module):
             hidden_states,
             position_ids=given.get("position_ids"),
             attention_mask=given.get("attention_mask"),
-            past_key_values=given.get("past_key_values"),
+            past_key_values=given.get(self._cache_argument),
             extras={},
         )
         return (output, None) if self.returns_tuple else output
@@ -87,6 +100,6 @@ def make_shell(model: PreTrainedModel, remote: RemoteStack) -> None:
     """Replace all blocks of `model`, which may be on the meta device, by `remote`, in place."""
     stack, list_name = find_stack(model)
     returns_tuple = text_config(model.config).model_type in TUPLE_BLOCKS
-    stand_in = StandIn(stack, remote, returns_tuple=returns_tuple)
+    stand_in = StandIn(stack, getattr(stack, list_name)[0], remote, returns_tuple=returns_tuple)
     setattr(stack, list_name, nn.ModuleList([stand_in]))
     cast(Any, model.config)._attn_implementation = REMOTE

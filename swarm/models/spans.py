@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
 from swarm.models.attention import RAGGED, RaggedPass, Segment
 from swarm.models.cache import SpanCache, plan_layers
 from swarm.models.families import (
+    cache_argument,
     caches_latents,
     depends_on_pass,
     find_stack,
@@ -45,6 +46,20 @@ class SpanStep:
     position_ids: Tensor | None = None
     padding: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True, slots=True)
+class SplitProof:
+    """What the self-test found out about a family.
+
+    can_batch: sessions may share a forward. can_rewind: caches crop to any length. can_resume: a
+    forward may carry several tokens onto a cache that is not empty; transformers' own Mamba layers
+    forget their state there, so their tokens must go one by one.
+    """
+
+    can_batch: bool
+    can_rewind: bool
+    can_resume: bool = True
 
 
 class _Entry(nn.Module):
@@ -82,8 +97,8 @@ class _Nothing(nn.Module):
 class _Same(nn.Module):
     """In place of norms and projections around the blocks, which belong to the client."""
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 class _View:
@@ -117,23 +132,28 @@ def strip(model: PreTrainedModel, blocks: BlockRange) -> None:
     kept = {layers, *(module for module in model.modules() if stack in module.modules())}
     for owner in kept - {layers}:
         for name, child in owner.named_children():
-            if child not in kept and any(True for _ in child.parameters()):
+            if child not in kept and _is_clients(child):
                 setattr(owner, name, _Nothing(size) if isinstance(child, nn.Embedding) else _Same())
     model.all_tied_weights_keys = {}
+
+
+def _is_clients(child: nn.Module) -> bool:
+    """Whatever has weights, and norms that have none; what is left computes positions."""
+    return any(True for _ in child.parameters()) or "norm" in type(child).__name__.lower()
 
 
 class Span:
     """Blocks that a server holds. Not thread-safe: one thread owns the device.
 
-    `model` was stripped to `blocks`; `can_batch` is what the self-test found out about its family.
+    `model` was stripped to `blocks`.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: BlockRange, *, can_batch: bool) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: BlockRange, proof: SplitProof) -> None:
         self._stack, self._list_name = find_stack(model)
         self.config = text_config(model.config)
         self.blocks = blocks
-        self.can_batch = can_batch
-        if can_batch:
+        self.proof = proof
+        if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED
         first = next(self._stack.parameters())
         self.dtype, self.device = first.dtype, first.device
@@ -142,6 +162,7 @@ class Span:
         self._views: dict[BlockRange, _View] = {}
         self._accepted = frozenset(inspect.signature(self._stack.forward).parameters)
         self._gathers = caches_latents(self.config)
+        self._cache_argument = cache_argument(self._stack.forward)
         self._keeps_frequencies = depends_on_pass(self.config)
 
     def open_cache(self, blocks: BlockRange, batch_size: int, max_length: int) -> SpanCache:
@@ -173,11 +194,14 @@ class Span:
         for index, step in enumerate(steps):
             if step.hidden.shape[1] == 0:
                 results[index] = step.hidden
-            elif self.can_batch and not step.extras:
+            elif self.proof.can_batch and not step.extras:
                 planes = 2 if step.position_ids is None else step.position_ids.ndim
                 groups.setdefault((step.cache.blocks, planes), []).append(index)
             else:
-                results[index] = self._run_alone(step)
+                pieces = [step]
+                if step.cache.length and not self.proof.can_resume:
+                    pieces = _one_by_one(step)
+                results[index] = torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
         for (blocks, _), members in groups.items():
             outputs = self._run_ragged(self._views[blocks], [steps[i] for i in members])
             for index, output in zip(members, outputs, strict=True):
@@ -189,10 +213,13 @@ class Span:
         mask = cache.whole_mask(step.padding, tokens)
         if self._keeps_frequencies:
             _reset_ropes(self._stack)
+        seen = mask
+        if mask is not None and self._cache_argument == "cache_params":
+            seen = mask[:, cache.length :]  # Mamba multiplies the new tokens by their mask
         wanted = {
-            "attention_mask": None if mask is None else mask.long(),
+            "attention_mask": None if seen is None else seen.long(),
             "position_ids": step.position_ids,
-            "past_key_values": cache,
+            self._cache_argument: cache,
             **step.extras,
         }
         accepted = {name: value for name, value in wanted.items() if name in self._accepted}
@@ -216,6 +243,19 @@ class Span:
             output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
             for segment in segments
         ]
+
+
+def _one_by_one(step: SpanStep) -> list[SpanStep]:
+    if step.padding is not None and not bool(step.padding.all()):
+        raise UnsupportedModel("this family cannot take padding after the beginning of a text")
+    return [
+        SpanStep(
+            step.cache,
+            step.hidden[:, now : now + 1],
+            None if step.position_ids is None else step.position_ids[..., now : now + 1],
+        )
+        for now in range(step.hidden.shape[1])
+    ]
 
 
 def _segments(steps: list[SpanStep]) -> list[Segment]:
