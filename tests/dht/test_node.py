@@ -159,6 +159,7 @@ def test_nobody_joins_without_the_swarm_key(
         (f"/ip4/1.2.3/tcp/9/p2p/{BOB.peer_id}", "is not the address of a peer"),
         (f"/ip4/127.0.0.1/tcp/9/p2p/{BOB.peer_id}", "no peers reachable at .*: check"),
     ],
+    ids=["word", "no peer", "no port", "no host", "nobody"],  # BOB's id is another in each worker
 )
 def test_wrong_peers_are_told_in_one_sentence(swarm: Swarm, address: str, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
