@@ -72,8 +72,8 @@ class Daemon:
         """Kill the daemon; returns when it and its folder are gone. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await asyncio.to_thread(self._process.wait)
-        await self._reader
+        await self._reader  # its output ends with it: what follows does not wait
+        self._process.wait()
 
     async def _read_output(self) -> None:
         output = asyncio.StreamReader()
