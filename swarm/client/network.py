@@ -1,0 +1,190 @@
+"""A client's place in the swarm: a DHT node, a transport and a memory of peers per process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from swarm.client.hop import Terms
+from swarm.client.peers import PeerBook
+from swarm.client.routing import Request, find_route
+from swarm.config import ClientTimeouts
+from swarm.dht.directory import Directory, SwarmView
+from swarm.dht.node import DhtNode
+from swarm.dht.records import ServerState, SignedRecord
+from swarm.errors import NoRoute, PeerUnavailable, SwarmError, UsageError
+from swarm.identity import Access, Identity, SwarmKey
+from swarm.loop import BackgroundLoop
+from swarm.rpc import RpcTransport
+from swarm.types import BlockRange, DType, ModelId, Numerics
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY = 20.0  # seconds between looks into the DHT while nothing is wrong
+
+
+class ModelRouter:
+    """Routes for one model from the latest picture of who serves it. For the event loop only."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        book: PeerBook,
+        rng: random.Random,
+        timeouts: ClientTimeouts,
+    ) -> None:
+        self._directory = directory
+        self._book = book
+        self._rng = rng
+        self._timeouts = timeouts
+        self._looked = float("-inf")
+        self._looking = asyncio.Lock()
+
+    @property
+    def view(self) -> SwarmView:
+        return self._directory.view
+
+    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
+        """Raises NoRoute, which names the blocks that are missing."""
+        hops = find_route(
+            self.view.servers,
+            Request(
+                model=terms.model,
+                blocks=blocks,
+                numerics=terms.numerics,
+                prompt_tokens=terms.batch_size * terms.max_length // 2,
+                new_tokens=terms.max_length // 2,
+            ),
+            self._book,
+            time.monotonic(),
+            tiebreak=self._rng.random(),
+        )
+        return [(hop.server, hop.blocks) for hop in hops]
+
+    async def refresh(self) -> None:
+        """Look into the DHT again, at most every `timeouts.refresh` seconds."""
+        async with self._looking:
+            if time.monotonic() - self._looked < self._timeouts.refresh:
+                return
+            self._looked = time.monotonic()
+            try:
+                await self._directory.refresh()
+            except PeerUnavailable as error:
+                logger.warning("cannot see the swarm: %s", error)
+
+    async def keep_looking(self) -> None:
+        """So that new servers are known before they are needed."""
+        while True:
+            await asyncio.sleep(_LOOK_EVERY)
+            await self.refresh()
+
+    def failed(self, peer_id: str, error: SwarmError) -> None:
+        logger.info("%s failed: %s", peer_id, error)
+        self._book.failed(peer_id, time.monotonic())
+
+    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
+        self._book.worked(peer_id, tokens, seconds, blocks)
+
+    def measured(self, peer_id: str, rtt: float) -> None:
+        self._book.measured(peer_id, rtt)
+
+
+class SwarmNetwork:
+    """Shared by all models of this process that join by the same peers with the same key."""
+
+    _shared: ClassVar[dict[tuple[tuple[str, ...], str], SwarmNetwork]] = {}
+    _lock = threading.Lock()
+
+    def __init__(self, dht: DhtNode, access: Access) -> None:
+        self.loop = BackgroundLoop.shared()
+        self.access = access
+        self.transport = RpcTransport()
+        self._dht = dht
+        self._book = PeerBook(random.Random(access.identity.peer_id))
+        self._routers: dict[ModelId, ModelRouter] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    def connect(
+        cls, initial_peers: Sequence[str] | None, swarm_key: SwarmKey | str | None
+    ) -> SwarmNetwork:
+        """Join, unless this process has already. Raises UsageError if nobody is reachable."""
+        peers = tuple(initial_peers or os.environ.get("SWARM_PEERS", "").replace(",", " ").split())
+        if not peers:
+            raise UsageError(
+                "no peers to join by: pass initial_peers=[...] or set SWARM_PEERS to what "
+                "swarm-server or swarm-dht printed behind 'peers='"
+            )
+        key = as_swarm_key(swarm_key or os.environ.get("SWARM_KEY"))
+        with cls._lock:
+            shared = (peers, key.text() if key else "")
+            if shared not in cls._shared or not cls._shared[shared].loop.alive:
+                cls._shared[shared] = cls._join(peers, key)
+            return cls._shared[shared]
+
+    @classmethod
+    def _join(cls, peers: Sequence[str], key: SwarmKey | None) -> SwarmNetwork:
+        identity = Identity.ephemeral()
+
+        async def join() -> SwarmNetwork:
+            dht = await DhtNode.create(identity, peers, key=key, client_mode=True)
+            network = cls(dht, Access(identity, key))
+            # Cancelled when the background loop ends, with the process.
+            network._tasks.append(asyncio.create_task(network._stay()))
+            return network
+
+        return BackgroundLoop.shared().call(join())
+
+    async def _stay(self) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await self.transport.close()
+            await self._dht.close()
+
+    def router(self, model: ModelId, num_blocks: int, timeouts: ClientTimeouts) -> ModelRouter:
+        """The model's router, after its first look into the DHT."""
+
+        async def make() -> ModelRouter:
+            if model not in self._routers:
+                directory = Directory(self._dht, model, num_blocks)
+                rng = random.Random(self.access.identity.peer_id)
+                router = ModelRouter(directory, self._book, rng, timeouts)
+                self._routers[model] = router
+                self._tasks.append(asyncio.create_task(router.keep_looking()))
+            await self._routers[model].refresh()
+            return self._routers[model]
+
+        return self.loop.call(make())
+
+    def numerics(self, router: ModelRouter, dtype: DType | None) -> Numerics:
+        """What to compute in: `dtype`, or whatever covers most blocks of the model."""
+        if dtype is not None:
+            return Numerics(dtype=dtype)
+        view = router.view
+        covered: dict[Numerics, set[int]] = {}
+        for record in (server.record for server in view.servers):
+            if record.state is ServerState.ONLINE:
+                blocks = covered.setdefault(record.numerics, set())
+                blocks.update(range(record.blocks.start, record.blocks.end))
+        if not covered:
+            raise NoRoute(
+                f"nobody serves {view.model} in this swarm; check that you have the same "
+                f"files as its servers, or start one: swarm-server {view.model.name} "
+                f"--blocks 0:{view.num_blocks}"
+            )
+        return max(covered, key=lambda numerics: (len(covered[numerics]), numerics.dtype))
+
+
+def as_swarm_key(key: SwarmKey | str | None) -> SwarmKey | None:
+    """A key, its text, or the file it is in. Raises UsageError."""
+    if key is None or isinstance(key, SwarmKey):
+        return key
+    return SwarmKey.load(key) if Path(key).expanduser().is_file() else SwarmKey.parse(key)
