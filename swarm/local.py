@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +75,8 @@ class LocalSwarm:
     """`with LocalSwarm(model, spans=["0:8", "8:16", "16:24"]) as swarm:` then `swarm.peers`.
 
     A bootstrap node and one server process per span, on loopback; None is the bundled model. They
-    inherit the environment, changed by `env`; `server_args` are more arguments of `swarm-server`.
+    inherit the environment, changed by `env`; `server_args` are more arguments of `swarm-server`;
+    `on_ready` is called when the bootstrap node and each server is ready.
     All is gone when the block ends, and when this process does, however it ends.
     """
 
@@ -88,6 +89,7 @@ class LocalSwarm:
         dtype: str = "auto",
         env: Mapping[str, str] | None = None,
         server_args: Sequence[str] = (),
+        on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         self.model_path = model or DEMO_MODEL
         self.peers: list[str] = []
@@ -96,6 +98,7 @@ class LocalSwarm:
         self._key = swarm_key if isinstance(swarm_key, str | None) else swarm_key.text()
         self._server_args = [str(model or DEMO_NAME), "--dtype", dtype, *server_args]
         self._env = _environment(env or {})
+        self._on_ready = on_ready
         self._guardian: subprocess.Popen[bytes] | None = None
         self._bootstrap: _Child | None = None
 
@@ -190,6 +193,7 @@ class LocalSwarm:
         # All import what they need at the same time; then the servers wait for the peers.
         children = [self._start_server(blocks) for blocks in self._spans]
         self.peers = _await_ready(self._bootstrap)["peers"].split(",")
+        self._on_ready()
         self._await_servers(list(zip(self.servers, children, strict=True)))
 
     def _start_server(self, blocks: BlockRange) -> _Child:
@@ -228,6 +232,7 @@ class LocalSwarm:
             ready = _await_ready(child)
             server.address = ready["address"]
             server.peer_id = ready["peers"].rpartition("/")[2]
+            self._on_ready()
 
 
 def _await_ready(child: _Child) -> Mapping[str, str]:

@@ -73,7 +73,8 @@ def our_processes() -> list[psutil.Process]:
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get("TMPDIR") != str(HOUSE) or process.pid == os.getpid():
+            home = process.environ().get("TMPDIR", "")  # or in it, as LocalSwarm's children
+            if not home.startswith(str(HOUSE)) or process.pid == os.getpid():
                 continue
             # Python's own helper of shared memory lives as long as we do.
             if not any("resource_tracker" in word for word in process.cmdline()):

@@ -16,6 +16,7 @@ from swarm.cli.common import (
     add_swarm_arguments,
     add_verbose,
     peers_of,
+    quick_imports,
     start_logging,
     swarm_key_of,
 )
@@ -123,8 +124,9 @@ def serve(program: str, argv: Sequence[str]) -> int:
     key = swarm_key_of(arguments)
     start_logging(arguments.verbose)
     # From here on it takes seconds: what was typed is right, as far as that can be told cheaply.
-    from swarm.config import ServerLimits
-    from swarm.server.node import ServerConfig, ServerNode
+    with quick_imports():
+        from swarm.config import ServerLimits
+        from swarm.server.node import ServerConfig, ServerNode
 
     config = ServerConfig(
         model=arguments.model,
@@ -160,9 +162,10 @@ def serve_dht(program: str, argv: Sequence[str]) -> int:
     arguments = dht_parser(program).parse_args(argv)
     key = swarm_key_of(arguments)
     start_logging(arguments.verbose)
-    from swarm.dht.addresses import joinable_at, own_host
-    from swarm.dht.node import DhtNode
-    from swarm.identity import Identity
+    with quick_imports():
+        from swarm.dht.addresses import joinable_at, own_host
+        from swarm.dht.node import DhtNode
+        from swarm.identity import Identity
 
     async def work(life: _Life) -> None:
         peers, identity = peers_of(arguments), Identity.load_or_create(arguments.identity)

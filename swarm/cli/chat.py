@@ -1,0 +1,123 @@
+"""`swarm chat`: a prompt, and what the swarm makes of it, over one inference session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from swarm.cli.common import (
+    ENVIRONMENT,
+    Parser,
+    add_swarm_arguments,
+    add_verbose,
+    need_peers,
+    quick_imports,
+    start_logging,
+    swarm_key_of,
+)
+
+_HELP = """\
+Talk to a model that a swarm serves. Without a chat template the model goes on with your text.
+
+examples:
+  swarm chat --peers /ip4/.../p2p/Qm...
+  swarm chat meta-llama/Llama-3.1-8B-Instruct --tokens 400 --temperature 0.7
+
+Ctrl-C ends an answer, Ctrl-D the conversation.
+"""
+
+
+def chat(argv: Sequence[str]) -> int:
+    parser = Parser("swarm chat", description=_HELP, epilog=ENVIRONMENT)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder or Hugging Face repo (default: what the swarm serves)",
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="its name in the swarm, for a folder")
+    parser.add_argument("--revision", help="branch, tag or commit of a repo")
+    add_swarm_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=200, help="at most, for one answer")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest word")
+    parser.add_argument("--length", type=int, default=2048, help="of the whole conversation")
+    add_verbose(parser)
+    arguments = parser.parse_args(argv)
+    peers, key = need_peers(arguments), swarm_key_of(arguments)
+    start_logging(arguments.verbose)
+    model = arguments.model
+    if model is None:
+        from swarm.cli.status import survey
+
+        if not (views := survey(peers, key, None)):
+            print("this swarm serves no model yet: start one with `swarm-server MODEL`")
+            return 1
+        model = views[0].model.name
+    with quick_imports():
+        from transformers import AutoTokenizer
+
+        from swarm.client.model import AutoDistributedModelForCausalLM
+        from swarm.models.checkpoint import Checkpoint
+    source = {"name": arguments.model_name, "revision": arguments.revision}
+    folder = Checkpoint.open(model, **source).fetch_tokenizer()
+    remote = AutoDistributedModelForCausalLM.from_pretrained(model, peers, swarm_key=key, **source)
+    conversation = _Conversation(remote, AutoTokenizer.from_pretrained(folder), arguments)
+    print(f"{model}: say something (Ctrl-D ends)")
+    with cast(Any, remote).inference_session(max_length=arguments.length) as session:
+        while conversation.turn(session):
+            pass
+    return 0
+
+
+class _Conversation:
+    def __init__(self, model: Any, tokenizer: Any, arguments: Any) -> None:
+        from transformers import TextStreamer
+
+        self._model, self._tokenizer = model, tokenizer
+        self._messages: list[dict[str, str]] = []
+        self._options: dict[str, Any] = {
+            "max_new_tokens": arguments.tokens,
+            "do_sample": arguments.temperature > 0,
+            "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        }
+        if arguments.temperature > 0:
+            self._options["temperature"] = arguments.temperature
+
+    def turn(self, session: Any) -> bool:
+        """One line and its answer; False when the conversation is over."""
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return False
+        if not line.strip():
+            return True
+        ids = self._ids(line, session)
+        try:
+            output = self._model.generate(ids, session=session, **self._options)
+        except KeyboardInterrupt:
+            print(" ...")
+            return True
+        answer = self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        self._messages.append({"role": "assistant", "content": answer})
+        return True
+
+    def _ids(self, line: str, session: Any) -> Any:
+        """The whole conversation as ids [1, T]; the session is rolled back to where they agree."""
+        import torch
+
+        known = session.output_ids
+        if self._tokenizer.chat_template is None:
+            ids = self._tokenizer(
+                line, return_tensors="pt", add_special_tokens=known is None
+            ).input_ids
+            return ids if known is None else torch.cat([known, ids], dim=1)
+        self._messages.append({"role": "user", "content": line})
+        ids = self._tokenizer.apply_chat_template(
+            self._messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        if known is not None:
+            length = min(known.shape[1], ids.shape[1])
+            same = (known[0, :length] == ids[0, :length]).long().cumprod(0).sum()
+            session.position = min(int(same), session.position)
+        return ids
