@@ -69,7 +69,10 @@ PUSH: Table = {
 """Server to server, on a push stream; the only answer is a last Refused."""
 
 INPUTS: Mapping[str, str] = {"position_ids": "int64", "padding": "bool"}
-"""What may travel beside the hidden states, and its dtype."""
+"""What may travel beside the hidden states, and its dtype; each is [B, T]."""
+
+PLANES = ((3,), (4,))
+"""What `position_ids` may have behind [B, T], for models that also look at pictures (mRoPE)."""
 
 
 class Conversation:
@@ -204,7 +207,11 @@ class Ledger:
                 ErrorCode.OVERSIZE, f"at most {self.max_step_tokens} tokens fit into one step"
             )
         for name, frame in step.inputs.items():
-            if INPUTS.get(name) != frame.dtype or frame.shape[:2] != shape[:2]:
+            planes = frame.shape[2:]
+            fits = frame.shape[:2] == shape[:2] and (
+                not planes or (name == "position_ids" and planes in PLANES)
+            )
+            if INPUTS.get(name) != frame.dtype or not fits:
                 raise RemoteProtocolError(
                     ErrorCode.BAD_TENSOR, f"input '{name}' {frame.dtype}{list(frame.shape)}"
                 )

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.dht.records import SignedRecord
-from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError
+from swarm.dht.records import ServerRecord, SignedRecord
+from swarm.errors import (
+    ErrorCode,
+    PeerUnavailable,
+    RemoteProtocolError,
+    SessionClosed,
+    SwarmError,
+)
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
     Message,
@@ -27,6 +34,8 @@ from swarm.transport import Endpoint, Stream, Transport
 from swarm.types import BlockRange, ModelId, Numerics
 from swarm.wire import decode, encode
 
+_MAX_WINDOW = 32  # steps that we keep until they are answered, whatever a server would take
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
@@ -43,7 +52,7 @@ class Terms:
 class Listener(Protocol):
     """Whom a hop tells what its server says."""
 
-    async def on_output(self, hop: Hop, output: Output) -> None: ...
+    def on_output(self, hop: Hop, output: Output) -> None: ...
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None: ...
     def on_lost(self, hop: Hop) -> None: ...
 
@@ -57,13 +66,12 @@ class Hop:
         self.peer_id = record.peer_id
         self.position = 0  # what the server's cache is known to hold
         self.last_step = -1  # the last step it is known to have applied
+        self.rtt: float | None = None  # seconds from Open to Opened
         self.blamed = False
         self.failure: SwarmError | None = None
         self.window = 1
         self.max_step_tokens = 1
-        self.endpoint = Endpoint(
-            record.host, record.port, record.peer_id, record.certificate_digest
-        )
+        self.endpoint = endpoint_of(record)
         self.target = PushTarget(
             record=server.data, session_id=secrets.token_bytes(16), ticket=secrets.token_bytes(16)
         )
@@ -71,15 +79,18 @@ class Hop:
         self.cannot_push_to: PushTarget | None = None
         self._terms = terms
         self._stream: Stream | None = None
-        self._reader: asyncio.Task[None] | None = None
+        # Bounded by the window: nobody sends more than may be unanswered.
+        self._outgoing: asyncio.Queue[Message] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
         self._synced: asyncio.Future[Synced] | None = None
+        self._sync_epoch = 0
 
     def __str__(self) -> str:
         return f"{self.blocks} at {self.endpoint}"
 
     @property
     def alive(self) -> bool:
-        return self._stream is not None and self.failure is None
+        return bool(self._tasks) and self.failure is None
 
     async def open(
         self,
@@ -92,10 +103,11 @@ class Hop:
         """Reserve the server's cache; a failure is kept in `failure`, not raised."""
         try:
             async with asyncio.timeout(timeout):
-                stream = await transport.open_stream(self.endpoint, "session", timeout)
-                self._stream = stream
+                self._stream = stream = await transport.open_stream(
+                    self.endpoint, "session", timeout
+                )
+                conversation, asked = Conversation(REPLIES), asyncio.get_running_loop().time()
                 await stream.send(encode(self._opening(access, next_target)))
-                conversation = Conversation(REPLIES)
                 message = conversation.receive(await _next(stream))
         except TimeoutError:
             self.lose(PeerUnavailable(f"{self.endpoint} did not answer within {timeout:g} s"))
@@ -105,12 +117,18 @@ class Hop:
             return
         if isinstance(message, Refused):
             self.lose(_refusal(message))
+        if self.failure is not None:  # perhaps lost while it was opened
+            stream.cancel()
             return
         assert isinstance(message, Opened)
-        self.window = message.window
+        self.rtt = asyncio.get_running_loop().time() - asked
+        self.window = min(message.window, _MAX_WINDOW)
         self.max_step_tokens = message.max_step_tokens
         self.pushes_to = next_target
-        self._reader = asyncio.create_task(self._read(stream, conversation, listener))
+        self._tasks = [
+            asyncio.create_task(self._read(stream, conversation, listener)),
+            asyncio.create_task(self._write(stream)),
+        ]
 
     def _opening(self, access: Access, next_target: PushTarget | None) -> Open:
         terms, session_id = self._terms, self.target.session_id
@@ -137,24 +155,31 @@ class Hop:
             credentials=access.sign_opening(transcript),
         )
 
-    async def send(self, message: Message) -> None:
-        """A failure is kept in `failure`, not raised."""
-        if not self.alive:
-            return
-        assert self._stream is not None
-        try:
-            await self._stream.send(encode(message))
-        except PeerUnavailable as error:
-            self.lose(error)
+    def send(self, message: Message) -> None:
+        """Never waits: whoever reads what this server says may also be the one who sends to it."""
+        self._outgoing.put_nowait(message)
 
     async def sync(self, epoch: int, timeout: float) -> None:
         """Learn where the server stands; one that does not answer counts as dead."""
+        while not self._outgoing.empty():  # of an older epoch, and perhaps large
+            self._outgoing.get_nowait()
+        await self._ask(epoch, timeout)
+
+    async def redirect(self, target: PushTarget | None, epoch: int, timeout: float) -> None:
+        """Have it push to `target`, before any step of the new epoch can reach it."""
+        if target != self.pushes_to:
+            self.pushes_to = target
+            self.send(Redirect(next=target))
+            await self._ask(epoch, timeout)
+
+    async def _ask(self, epoch: int, timeout: float) -> None:
+        if not self.alive:
+            return
         self._synced = asyncio.get_running_loop().create_future()
+        self._sync_epoch = epoch
+        self.send(Sync(epoch=epoch))
         try:
             async with asyncio.timeout(timeout):
-                await self.send(Sync(epoch=epoch))
-                if not self.alive:
-                    return
                 synced = await self._synced
         except TimeoutError:
             self.lose(PeerUnavailable(f"{self.endpoint} is silent for {timeout:g} s"))
@@ -163,11 +188,6 @@ class Hop:
         else:
             self.position = synced.position
             self.last_step = max(self.last_step, synced.last_step)
-
-    async def redirect(self, target: PushTarget | None) -> None:
-        if target != self.pushes_to:
-            self.pushes_to = target
-            await self.send(Redirect(next=target))
 
     def lose(self, failure: SwarmError) -> None:
         """Give the server up: free the session there, remember why."""
@@ -180,21 +200,26 @@ class Hop:
             self._synced.exception()  # whoever waits sees it; nobody has to
 
     async def close(self) -> None:
-        """Free the session; ends the reader too."""
-        self.lose(PeerUnavailable("the session was closed"))
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
+        """Free the session; ends its tasks too."""
+        self.lose(SessionClosed("the session was closed"))
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _write(self, stream: Stream) -> None:
+        with suppress(PeerUnavailable):  # reading says why, perhaps with a last word of the server
+            while True:
+                await stream.send(encode(await self._outgoing.get()))
 
     async def _read(self, stream: Stream, conversation: Conversation, listener: Listener) -> None:
         try:
             while True:
                 match conversation.receive(await _next(stream)):
                     case Output() as output:
-                        await listener.on_output(self, output)
+                        listener.on_output(self, output)
                     case Synced() as synced:
-                        if self._synced is not None and not self._synced.done():
-                            self._synced.set_result(synced)
+                        self._on_synced(synced)
                     case PushFailed() as message:
                         listener.on_push_failed(self, message)
                     case Refused() as refused:
@@ -204,6 +229,16 @@ class Hop:
         except SwarmError as error:
             self.lose(error)
             listener.on_lost(self)
+
+    def _on_synced(self, synced: Synced) -> None:
+        asked = self._synced
+        if asked is not None and not asked.done() and synced.epoch == self._sync_epoch:
+            asked.set_result(synced)
+
+
+def endpoint_of(record: ServerRecord) -> Endpoint:
+    """Where a server listens, and the certificate that it must show."""
+    return Endpoint(record.host, record.port, record.peer_id, record.certificate_digest)
 
 
 async def _next(stream: Stream) -> Message:

@@ -2,7 +2,7 @@
 
 The idea: `histories[b]` holds all that ever entered block b at a border of the route. Border 0 is
 always complete, so whatever dies, the blocks behind a gap can be fed again from the last border
-that is. Lives in the event loop; `swarm/client/sessions.py` is its face for ordinary threads.
+that is. Lives in the event loop; `swarm/client/remote.py` is its face for ordinary threads.
 """
 
 from __future__ import annotations
@@ -11,13 +11,21 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from swarm.client.history import History, InputHistory
 from swarm.client.hop import Hop, Terms
-from swarm.client.route import Interrupted, Route, Router
+from swarm.client.route import Interrupted, Route, Router, Silent
+from swarm.client.steps import (
+    Pending,
+    Sent,
+    check_memory,
+    check_step,
+    chunks_of,
+    problem_with,
+)
 from swarm.config import ClientConfig
 from swarm.errors import (
     ErrorCode,
@@ -25,29 +33,16 @@ from swarm.errors import (
     PeerUnavailable,
     RemoteProtocolError,
     SessionClosed,
-    UsageError,
 )
 from swarm.identity import Access
-from swarm.messages import Output, PushFailed, Step
+from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
 from swarm.tensors import TORCH_DTYPES, from_frame, to_frame
 from swarm.transport import Transport
-from swarm.types import DTYPE_BYTES, BlockRange
+from swarm.types import BlockRange
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class _Pending:
-    """The step that the caller waits for: positions `[start, end)`."""
-
-    start: int
-    end: int
-    reorder: tuple[int, ...] | None
-    first_number: int
-    answer: History = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.answer = History(base=self.start)
+_ATTEMPTS = 16  # disasters in one step, after which there is no point in going on
 
 
 class RemoteSession:
@@ -71,12 +66,12 @@ class RemoteSession:
         self._route = Route(blocks, router, transport, access, config.timeouts)
         self._epoch = 0
         self._numbers = itertools.count()
-        self._sent: dict[int, Step] = {}  # the latest steps by number
+        self._sent: dict[int, Sent] = {}  # by number, oldest first
         self._histories: dict[int, History] = {blocks.start: History()}
         self._inputs = InputHistory(terms.batch_size)
         self._reorder: tuple[int, ...] | None = None
-        self._pending: _Pending | None = None
-        self._flowing = False
+        self._pending: Pending | None = None
+        self._flowing = False  # from hop to hop; otherwise the client feeds each of them
         self._trouble: str | None = "nothing is open yet"
         self._event = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -95,6 +90,9 @@ class RemoteSession:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """From the next step on, row i continues what row `rows[i]` was (beam search)."""
+        count = self._terms.batch_size
+        if len(rows) != count or not all(0 <= row < count for row in rows):
+            raise ValueError(f"reorder must name {count} of as many rows, not {list(rows)}")
         before = self._reorder
         self._reorder = tuple(rows) if before is None else tuple(before[row] for row in rows)
 
@@ -103,13 +101,12 @@ class RemoteSession:
     ) -> torch.Tensor:
         """Hidden states [B, T, H] of the next T positions, through all blocks of the session.
 
-        Raises NoRoute when blocks stay missing for `timeouts.recovery` seconds, SessionClosed.
+        `inputs` are of `protocol.INPUTS`, each [B, T, ...]. Raises UsageError, SessionClosed, and
+        NoRoute when blocks stay missing for `timeouts.recovery` seconds.
         """
         async with self._lock:
-            if self._closed:
-                raise SessionClosed("this inference session is closed; open a new one")
-            tokens = hidden.shape[1]
-            if tokens == 0:
+            self._check_open()
+            if hidden.shape[1] == 0:
                 return hidden
             await self._begin(hidden, inputs or {})
             assert self._pending is not None
@@ -128,70 +125,74 @@ class RemoteSession:
                 self._pending, self._flowing = None, False
 
     async def close(self) -> None:
+        """Free the servers; a step that is under way raises SessionClosed."""
         self._closed = True
         self._event.set()
         await self._route.close()
+        async with self._lock:  # until that step has noticed
+            await self._route.close()
 
     # Steps -------------------------------------------------------------------------------------
 
     async def _begin(self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> None:
         start, end = self.position, self.position + hidden.shape[1]
-        if any(history.length > start for history in self._histories.values()):
-            await self._forget(start)
+        held = sum(history.nbytes for history in (*self._histories.values(), self._inputs))
+        check_step(hidden, inputs, end, self._terms)
+        check_memory(held, self._config)
+        rolled_back = any(history.length > start for history in self._histories.values())
+        if rolled_back or self._reorder is not None:
+            await self._settle(start)
+        if rolled_back:
+            self._epoch += 1
+            for history in (*self._histories.values(), self._inputs):
+                history.crop(start)
         if self._reorder is not None:
-            for history in self._histories.values():
+            for history in (*self._histories.values(), self._inputs):
                 history.reorder(self._reorder)
-            self._inputs.reorder(self._reorder)
         if end > self._terms.max_length:
             self._outgrow(end)
         dtype = TORCH_DTYPES[self._terms.numerics.dtype]
         self._histories[self.blocks.start].append(start, hidden.detach().to("cpu", dtype))
         self._inputs.append(start, hidden.shape[1], inputs)
-        self._check_memory()
-        self._pending = _Pending(start, end, self._reorder, next(self._numbers))
+        self._pending = Pending(start, end, self._reorder, next(self._numbers))
         self._reorder = None
 
-    async def _forget(self, start: int) -> None:
-        """Drop all that came after `start`, once the copies of what came before it are here."""
-        if self._trouble is None:
-            try:
-                for border in self._histories.values():
-                    await self._wait(border, start)
-            except Interrupted as error:
-                self._trouble = str(error)
-        for history in self._histories.values():
-            history.crop(start)
-        self._inputs.crop(start)
+    async def _settle(self, start: int) -> None:
+        """Wait for copies that are still on their way, since they are of the past that changes."""
+        try:
+            for border in self._histories.values():
+                await self._wait(border, start)
+        except Interrupted as error:
+            self._trouble = str(error)
         self._sent.clear()
-        self._epoch += 1
 
-    async def _finish(self, pending: _Pending) -> None:
+    async def _finish(self, pending: Pending) -> None:
         """Flow if all is well, else repair; give up only when blocks stay missing."""
-        clock = asyncio.get_running_loop().time
-        timeouts = self._config.timeouts
-        give_up = clock() + timeouts.recovery
-        while pending.answer.length < pending.end:
+        clock, patience = asyncio.get_running_loop().time, self._config.timeouts.recovery
+        give_up = clock() + patience
+        for _ in range(_ATTEMPTS):
+            whole = self._trouble is None
             try:
-                if self._trouble is not None:
-                    await self._recover()
-                if self._in_step(pending):
+                if not whole:
+                    await self._recover(give_up)
+                    whole = True
+                    if not self._in_step(pending):
+                        await self._refill(pending)
+                if pending.answer.length < pending.end:
                     await self._flow(pending)
-                else:
-                    await self._refill(pending)
+                return
             except Interrupted as error:
-                self._trouble = str(error)
                 logger.info("session interrupted: %s", error)
-                if clock() > give_up:
-                    raise PeerUnavailable(
-                        f"gave up after {timeouts.recovery:g} s of recoveries: {error}"
-                    ) from None
-            except NoRoute:
-                if clock() > give_up:
-                    raise
-                await self._router.refresh()
-                await asyncio.sleep(min(timeouts.refresh, max(0.0, give_up - clock())))
+                self._trouble = str(error)
+                if isinstance(error, Silent):
+                    self._suspect(error)
+                if whole:  # another disaster, to be mended in a time of its own
+                    give_up = clock() + patience
+                elif clock() > give_up:
+                    raise NoRoute(f"gave up after {patience:g} s: {error}") from None
+        raise PeerUnavailable(f"gave up after {_ATTEMPTS} recoveries: {self._trouble}")
 
-    def _in_step(self, pending: _Pending) -> bool:
+    def _in_step(self, pending: Pending) -> bool:
         """All servers stand at the same place and know the same reorders: one flow serves all."""
         first = self.hops[0]
         return first.position >= pending.start and all(
@@ -201,7 +202,7 @@ class RemoteSession:
             for hop, border in zip(self.hops, self._borders(pending), strict=True)
         )
 
-    async def _flow(self, pending: _Pending) -> None:
+    async def _flow(self, pending: Pending) -> None:
         """Send to the first hop; each hop pushes to the next, and the last one answers."""
         self._flowing = True
         first, answer = self.hops[0], pending.answer
@@ -210,14 +211,17 @@ class RemoteSession:
         for index, (begin, end) in enumerate(chunks):
             if index >= window:
                 await self._wait(answer, chunks[index - window][1])
+            while len(self._sent) >= 2 * window:  # copies come more slowly than answers
+                await self._happening()
             step = self._make_step(first, pending, begin, end, opening=index == 0)
             if index == 0:
                 for hop in self.hops:
                     hop.position = begin
-            await self._send(first, step)
+            self._sent[step.step] = Sent(step, set(self.hops))
+            first.send(step)
         await self._wait(answer, pending.end)
 
-    async def _refill(self, pending: _Pending) -> None:
+    async def _refill(self, pending: Pending) -> None:
         """Bring hop after hop to the end of the pending step, each from what it lacks."""
         self._flowing = False
         for hop, border in zip(self.hops, self._borders(pending), strict=True):
@@ -232,11 +236,12 @@ class RemoteSession:
                 step = self._make_step(hop, pending, low, high, opening=index == 0)
                 step = step.model_copy(update={"push": False, "quiet": high <= known})
                 hop.position = low if index == 0 else hop.position
-                await self._send(hop, step)
+                self._sent[step.step] = Sent(step, {hop})
+                hop.send(step)
             await self._wait(hop, pending.end)
 
     def _make_step(
-        self, hop: Hop, pending: _Pending, begin: int, end: int, *, opening: bool
+        self, hop: Hop, pending: Pending, begin: int, end: int, *, opening: bool
     ) -> Step:
         return Step(
             epoch=self._epoch,
@@ -249,98 +254,85 @@ class RemoteSession:
             deadline_ms=max(1, int(self._config.timeouts.step * 1000)),
         )
 
-    async def _send(self, hop: Hop, step: Step) -> None:
-        self._sent[step.step] = step
-        while len(self._sent) > 2 * max(hop.window for hop in self.hops):
-            del self._sent[next(iter(self._sent))]  # more than ever are unanswered
-        await hop.send(step)
-
     def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
-        """Pieces of `[begin, end)` that every hop takes as one step; none if it is empty."""
-        terms = self._terms
-        row_bytes = terms.hidden_size * DTYPE_BYTES[terms.numerics.dtype]
-        rows = terms.batch_size
-        most = min(self._config.chunk_bytes // row_bytes, *(hop.max_step_tokens for hop in hops))
-        width = max(1, most // rows)
-        return [(low, min(end, low + width)) for low in range(begin, end, width)]
+        most = min(hop.max_step_tokens for hop in hops)
+        return chunks_of(begin, end, self._terms, most, self._config.chunk_bytes)
 
-    def _borders(self, pending: _Pending) -> list[History]:
+    def _borders(self, pending: Pending) -> list[History]:
         """For every hop, where its outputs are kept."""
         return [self._histories[hop.blocks.start] for hop in self.hops[1:]] + [pending.answer]
 
     @staticmethod
-    def _lacks_reorder(hop: Hop, pending: _Pending) -> bool:
+    def _lacks_reorder(hop: Hop, pending: Pending) -> bool:
         return pending.reorder is not None and hop.last_step < pending.first_number
 
     async def _wait(self, progress: History | Hop, end: int) -> None:
-        """Until it reaches `end`. Raises Interrupted if a hop is lost or nothing comes."""
-        silence = self._config.timeouts.step
+        """Until it reaches `end`. Raises Interrupted, SessionClosed."""
         while (progress.length if isinstance(progress, History) else progress.position) < end:
-            if self._trouble is not None:
-                raise Interrupted(self._trouble)
-            self._event.clear()
-            try:
-                async with asyncio.timeout(silence):
-                    await self._event.wait()
-            except TimeoutError:
-                raise Interrupted(f"nothing came for {silence:g} s") from None
+            await self._happening()
+
+    async def _happening(self) -> None:
+        """Until something comes. Raises Interrupted if a hop is lost or nothing does."""
+        self._check_open()
+        if self._trouble is not None:
+            raise Interrupted(self._trouble)
+        self._event.clear()
+        silence = self._config.timeouts.step
+        try:
+            async with asyncio.timeout(silence):
+                await self._event.wait()
+        except TimeoutError:
+            raise Silent(f"nothing came for {silence:g} s") from None
 
     def _outgrow(self, end: int) -> None:
         """More positions than the servers reserved: open everything anew, larger, and replay."""
-        self._terms = replace(self._terms, max_length=max(end, 2 * self._terms.max_length))
+        larger = min(MAX_TOKENS, max(end, 2 * self._terms.max_length))
+        self._terms = replace(self._terms, max_length=larger)
         for hop in self.hops:
             hop.lose(SessionClosed(f"outgrown at {end} positions"))
         self._trouble = "the session outgrew its reservation"
 
-    def _check_memory(self) -> None:
-        held = sum(border.nbytes for border in self._histories.values()) + self._inputs.nbytes
-        if held > self._config.history_bytes:
-            raise UsageError(
-                f"the session's history takes {held >> 20} MiB, more than history_bytes allows; "
-                "raise it in ClientConfig, or use fewer or shorter sequences"
-            )
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosed("this inference session is closed; open a new one")
 
     # What hops tell --------------------------------------------------------------------------
 
-    async def on_output(self, hop: Hop, output: Output) -> None:
-        step, pending = self._sent.get(output.step), self._pending
-        if step is None or hop not in self.hops:
-            return  # rolled back meanwhile, or said by a hop that was given up
+    def on_output(self, hop: Hop, output: Output) -> None:
+        sent, pending = self._sent.get(output.step), self._pending
+        if sent is None or hop not in sent.awaited or hop not in self.hops:
+            return  # rolled back meanwhile, never asked for, or said by one that was given up
+        step = sent.step
         begin, end = step.start, step.start + step.hidden.shape[1]
         index = self.hops.index(hop)
         following = self.hops[index + 1] if index + 1 < len(self.hops) else None
         border = pending and pending.answer
         if following is not None:
             border = self._histories[following.blocks.start]
-        problem = self._problem(output, step, border)
+        problem = problem_with(output, step, border)
         if problem is not None:
             hop.lose(RemoteProtocolError(ErrorCode.BAD_TENSOR, problem))
             self.on_lost(hop)
             return
+        sent.awaited.remove(hop)
+        if not sent.awaited:
+            del self._sent[step.step]
         if border is not None and output.hidden.shape[1]:
             border.append(begin, from_frame(output.hidden))
-        for reached in self.hops[: index + 1] if self._flowing else [hop]:
-            reached.position = max(reached.position, end)
-            reached.last_step = max(reached.last_step, output.step)
-        self._router.worked(hop.peer_id, end - begin, output.compute_ms / 1e3)
-        if self._flowing and following is not None and not output.pushed and not self._trouble:
-            relayed = {"hidden": output.hidden, "epoch": self._epoch}
-            await following.send(step.model_copy(update=relayed))
+        if output.epoch == self._epoch:  # else `synced` has counted it, and perhaps it was cropped
+            for reached in self.hops[: index + 1] if self._flowing else [hop]:
+                reached.position = max(reached.position, end)
+                reached.last_step = max(reached.last_step, output.step)
+            if self._flowing and following is not None and not output.pushed and not self._trouble:
+                following.send(step.model_copy(update={"hidden": output.hidden}))
+        seconds = output.compute_ms / 1e3
+        self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks))
         self._event.set()
 
-    def _problem(self, output: Output, step: Step, border: History | None) -> str | None:
-        """Why an output cannot be what we asked for."""
-        rows, tokens, size = step.hidden.shape
-        allowed = [(rows, tokens, size)] + ([(rows, 0, size)] if step.quiet else [])
-        if output.hidden.shape not in allowed or output.hidden.dtype != step.hidden.dtype:
-            return f"answered {output.hidden.dtype}{list(output.hidden.shape)}"
-        if border is not None and step.start > border.length:
-            return f"answered position {step.start} before {border.length}"
-        return None
-
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
-        hop.cannot_push_to = hop.pushes_to
-        self._interrupt(f"{hop} cannot push: {message.message}")
+        if message.epoch == self._epoch:  # else it was to somebody whom we have left
+            hop.cannot_push_to = hop.pushes_to
+            self._interrupt(f"{hop} cannot push: {message.message}")
 
     def on_lost(self, hop: Hop) -> None:
         if hop in self.hops:
@@ -350,14 +342,42 @@ class RemoteSession:
         self._trouble = why
         self._event.set()
 
-    async def _recover(self) -> None:
-        """A new epoch, a whole route, and histories at just its borders."""
-        self._epoch += 1
-        newborn = next(self._numbers)
-        self.recoveries += await self._route.mend(self._epoch, newborn, self._terms, self)
+    def _suspect(self, silence: Silent) -> None:
+        """Who owes the oldest answer is at fault, or else the one who claims to have pushed it."""
+        owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
+        before: Hop | None = None
+        for hop in self.hops:
+            if hop in owing:
+                break
+            before = hop
+        else:
+            return
+        if self._flowing and before is not None and before.pushes_to is not None:
+            before.cannot_push_to = before.pushes_to
+        else:
+            hop.lose(PeerUnavailable(f"{hop}: {silence}"))
+
+    async def _recover(self, give_up: float) -> None:
+        """A new epoch, a whole route, and histories at just its borders. Raises NoRoute."""
+        clock, timeouts = asyncio.get_running_loop().time, self._config.timeouts
+        while True:
+            self._epoch += 1
+            newborn = next(self._numbers)
+            try:
+                self.recoveries += await self._route.mend(self._epoch, newborn, self._terms, self)
+                break
+            except NoRoute:
+                self._check_open()
+                if clock() > give_up:
+                    raise
+            await self._router.refresh()
+            await asyncio.sleep(min(timeouts.refresh, max(0.0, give_up - clock())))
+        self._check_open()
         starts = {hop.blocks.start for hop in self.hops}
-        for start in starts - set(self._histories):
-            self._histories[start] = History()
-        for start in set(self._histories) - starts:
-            del self._histories[start]
+        self._histories = {start: self._histories.get(start, History()) for start in starts}
+        # What a server had not begun when the epoch began, it has dropped.
+        for number, sent in list(self._sent.items()):
+            sent.awaited.intersection_update(h for h in self.hops if number <= h.last_step)
+            if not sent.awaited:
+                del self._sent[number]
         self._trouble = None

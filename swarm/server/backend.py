@@ -55,12 +55,13 @@ class Backend:
             try:
                 if piece.begin == 0:
                     self._rearrange(work)
+                ready.append((piece, self._step(work, piece)))
             except CannotRewind as error:
                 failures[piece.key] = RemoteProtocolError(
                     ErrorCode.CANNOT_REWIND, str(error), position=work.cache.length
                 )
-                continue
-            ready.append((piece, self._step(work, piece)))
+            except RemoteProtocolError as error:
+                failures[piece.key] = error
         self.passes += 1
         self.shared_passes += len(ready) > 1
         self.steps += len(ready)
@@ -75,6 +76,9 @@ class Backend:
     def _compute(
         self, ready: Sequence[tuple[Slice, SpanStep]]
     ) -> list[torch.Tensor | RemoteProtocolError]:
+        if len(ready) > 1 and not self.span.proof.can_batch:
+            # One after the other anyway: then one that fails cannot harm those before it.
+            return [result for item in ready for result in self._compute([item])]
         steps = [step for _, step in ready]
         lengths = [step.cache.length for step in steps]
         try:
@@ -102,15 +106,19 @@ class Backend:
             work.cache.reorder(work.reorder)
 
     def _step(self, work: Work, piece: Slice) -> SpanStep:
+        """Positions with planes (mRoPE) travel as [B, T, 3 | 4], so that all inputs slice alike."""
         device = self.span.device
         inputs = {
             name: value[:, piece.begin : piece.end].to(device)
             for name, value in work.inputs.items()
         }
+        positions = inputs.pop("position_ids", None)
+        if positions is not None and positions.ndim == 3:
+            positions = positions.permute(2, 0, 1)
         return SpanStep(
             cache=work.cache,
             hidden=work.hidden[:, piece.begin : piece.end].to(device),
-            position_ids=inputs.pop("position_ids", None),
+            position_ids=positions,
             padding=inputs.pop("padding", None),
             extras=inputs,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -12,9 +13,11 @@ from statistics import median
 
 import torch
 
-from swarm.errors import RemoteProtocolError
+from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.server.backend import Backend, Work
 from swarm.server.scheduler import Scheduler, Waiting
+
+logger = logging.getLogger(__name__)
 
 Job = Callable[[], None]
 
@@ -30,6 +33,7 @@ class Executor:
         self._works: dict[int, Work] = {}
         self._futures: dict[int, asyncio.Future[Work]] = {}
         self._next_key = 0
+        self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="swarm-device", daemon=True)
 
@@ -38,11 +42,13 @@ class Executor:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Finishes the pass that runs; what still waits is cancelled."""
+        """Finishes the pass that runs; what still waits is refused."""
+        self._stopping = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
         for future in self._futures.values():
-            future.cancel()
+            if not future.done():
+                future.set_exception(_leaving())
 
     @property
     def queue_depth(self) -> int:
@@ -59,8 +65,10 @@ class Executor:
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.
 
-        Raises RemoteProtocolError: CANNOT_REWIND, INTERNAL.
+        Raises RemoteProtocolError: CANNOT_REWIND, INTERNAL, DRAINING.
         """
+        if self._stopping:
+            raise _leaving()
         future: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
         self._futures[work.key] = future
         self._inbox.put(lambda: self._add(work))
@@ -103,7 +111,12 @@ class Executor:
         if not slices:
             return
         begin = time.perf_counter()
-        failures = self.backend.run(slices, self._works)
+        try:
+            failures = self.backend.run(slices, self._works)
+        except Exception as error:  # our defect: it must not end the thread that all share
+            logger.exception("a pass of %d steps was lost", len(slices))
+            refusal = RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in pass")
+            failures = {piece.key: refusal for piece in slices}
         elapsed_ms = (time.perf_counter() - begin) * 1e3
         finished: list[tuple[Work, RemoteProtocolError | None]] = []
         for piece in slices:
@@ -130,3 +143,7 @@ class Executor:
                 future.set_result(work)
             else:
                 future.set_exception(failure)
+
+
+def _leaving() -> RemoteProtocolError:
+    return RemoteProtocolError(ErrorCode.DRAINING, "this server is leaving; try another")

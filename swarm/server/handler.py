@@ -101,8 +101,7 @@ class Handler:
                 session = self._make(opening, client)
                 self._sessions[opening.session_id] = (opening.ticket, session)
                 self.counters.sessions += 1
-                await stream.send(encode(self._opened(opening)))
-                await session.serve(stream, conversation)
+                await session.serve(stream, conversation, self._opened(opening))
             finally:
                 self._sessions.pop(opening.session_id, None)
                 self._budget.release(opening.session_id)
@@ -119,11 +118,10 @@ class Handler:
                 raise RemoteProtocolError(
                     ErrorCode.UNKNOWN_SESSION, "no such session, or not your right to push into it"
                 )
+            session.attach(stream)
             while (frame := await stream.receive()) is not None:
                 step = conversation.receive(decode(frame))
                 assert isinstance(step, Step)
-                if self._sessions.get(session_id, (b"", None))[1] is not session:
-                    raise RemoteProtocolError(ErrorCode.UNKNOWN_SESSION, "the session was closed")
                 await session.accept_push(step)
 
     async def info(self, request: bytes) -> bytes:
@@ -158,17 +156,15 @@ class Handler:
                     await stream.finish()
         except PeerUnavailable as error:
             logger.info("a stream broke: %s", error)
-        except TimeoutError:
-            logger.info("closed a stream that said nothing for too long")
-            with suppress(PeerUnavailable):
-                await stream.send(
-                    encode(Refused(code=ErrorCode.DEADLINE, message="nothing came for too long"))
-                )
-                await stream.finish()
 
     async def _first(self, stream: Stream) -> Message:
-        async with asyncio.timeout(self._limits.open_timeout):
-            frame = await stream.receive()
+        try:
+            async with asyncio.timeout(self._limits.open_timeout):
+                frame = await stream.receive()
+        except TimeoutError:
+            raise RemoteProtocolError(
+                ErrorCode.DEADLINE, "a stream must say at once what it wants"
+            ) from None
         if frame is None:
             raise PeerUnavailable("the stream ended before it began")
         return decode(frame)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
-from swarm.errors import PeerUnavailable, SwarmError
+from swarm.errors import PeerUnavailable, RemoteProtocolError, SwarmError
 from swarm.messages import Attach, PushTarget, Refused, Step
 from swarm.transport import Endpoint, Stream, Transport
 from swarm.wire import decode, encode
@@ -16,6 +15,9 @@ Resolve = Callable[[PushTarget], Endpoint]
 
 Report = Callable[[int, int, str], Awaitable[None]]
 """Tell the client: epoch, step, why."""
+
+
+_DIAL_SECONDS = 10.0  # at most, so that clients learn of it before they lose their patience
 
 
 class Pusher:
@@ -35,7 +37,6 @@ class Pusher:
         self._target = target
         self._timeout = timeout
         self._queue: asyncio.Queue[tuple[PushTarget, Step]] = asyncio.Queue(window + 8)
-        self._stream: Stream | None = None
         self._last = (0, 0)  # epoch and step of the last push
 
     def redirect(self, target: PushTarget | None) -> None:
@@ -46,66 +47,63 @@ class Pusher:
         target = self._target
         if target is None:
             return False
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._queue.put((target, step))
-        except TimeoutError:
-            raise PeerUnavailable("the next hop does not read what is pushed") from None
+        await self._queue.put((target, step))  # room comes: every send has its deadline
         return True
 
     async def run(self, report: Report) -> None:
         """Sends what is handed over. A failure is reported once; after it nothing is pushed
         until the client redirects."""
-        current: PushTarget | None = None
-        listener: asyncio.Task[None] | None = None
-        try:
-            while True:
-                target, step = await self._queue.get()
-                if target is not self._target:
-                    continue  # redirected, or failed, meanwhile: the client sees to this step
-                self._last = (step.epoch, step.step)
+        target, step = await self._queue.get()
+        while True:
+            if target is self._target:  # else redirected meanwhile: the client sees to this step
                 try:
-                    async with asyncio.timeout(self._timeout):
-                        if target is not current or self._stream is None:
-                            await self._detach(listener)
-                            self._stream = await self._attach(target)
-                            current = target
-                            listener = asyncio.create_task(
-                                self._listen(self._stream, target, report)
-                            )
-                        await self._stream.send(encode(step))
-                except TimeoutError:
-                    await self._fail(target, "the next hop takes no frames", report)
+                    target, step = await self._push_to(target, step)
+                    continue
                 except SwarmError as error:
-                    await self._fail(target, str(error), report)
-        finally:
-            await self._detach(listener)
+                    if target is self._target:
+                        self._target = None
+                        await report(*self._last, str(error))
+            target, step = await self._queue.get()
 
-    async def _attach(self, target: PushTarget) -> Stream:
-        stream = await self._transport.open_stream(self._resolve(target), "push", self._timeout)
-        await stream.send(encode(Attach(session_id=target.session_id, ticket=target.ticket)))
-        return stream
-
-    async def _detach(self, listener: asyncio.Task[None] | None) -> None:
-        if listener is not None:
-            listener.cancel()
-            with suppress(asyncio.CancelledError):
-                await listener
-        if self._stream is not None:
-            self._stream.cancel()
-            self._stream = None
-
-    async def _listen(self, stream: Stream, target: PushTarget, report: Report) -> None:
-        """The next hop speaks on a push stream only to refuse it."""
+    async def _push_to(self, target: PushTarget, step: Step) -> tuple[PushTarget, Step]:
+        """All that goes to one target, until it fails; returns what goes to another one first."""
+        dial_timeout = min(self._timeout, _DIAL_SECONDS)
+        self._last = (step.epoch, step.step)
+        stream = await self._transport.open_stream(self._resolve(target), "push", dial_timeout)
         try:
-            frame = await stream.receive()
-            message = decode(frame) if frame is not None else None
-            why = str(message.message) if isinstance(message, Refused) else "the stream ended"
-        except SwarmError as error:
-            why = str(error)
-        await self._fail(target, why, report)
+            async with asyncio.TaskGroup() as tasks:
+                listening = tasks.create_task(self._listen(stream))
+                attach = Attach(session_id=target.session_id, ticket=target.ticket)
+                await self._send(stream, attach)
+                following = target
+                while following is target:
+                    self._last = (step.epoch, step.step)
+                    await self._send(stream, step)
+                    following, step = await self._queue.get()
+                listening.cancel()
+                return following, step
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+        finally:
+            stream.cancel()
 
-    async def _fail(self, target: PushTarget, why: str, report: Report) -> None:
-        if self._target is target:
-            self._target = None
-            await report(*self._last, why)
+    async def _send(self, stream: Stream, message: Attach | Step) -> None:
+        try:
+            async with asyncio.timeout(self._timeout):
+                await stream.send(encode(message))
+        except TimeoutError:
+            raise PeerUnavailable("the next hop takes no frames") from None
+
+    async def _listen(self, stream: Stream) -> None:
+        """The next hop speaks on a push stream only to refuse it. Raises SwarmError."""
+        frame = await stream.receive()
+        message = decode(frame) if frame is not None else None
+        if isinstance(message, Refused):
+            raise PeerUnavailable(f"refused: {message.message} [{message.code}]")
+        raise PeerUnavailable("the next hop ended the stream")
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A refusal says more than a broken stream, and there is rarely more than one."""
+    errors = group.exceptions
+    return next((e for e in errors if isinstance(e, RemoteProtocolError)), errors[0])

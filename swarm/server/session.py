@@ -2,6 +2,7 @@
 
 Four tasks with one parent: read the client's stream, compute in order, push, and answer. Every
 queue is bounded, so a peer that does not read slows its own session down and nobody else's.
+Errors go through the queue of answers, too: a client must be able to read what came before them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from swarm.messages import (
     Close,
     Load,
     Message,
+    Opened,
     Output,
     PushFailed,
     Redirect,
@@ -27,7 +29,7 @@ from swarm.models.spans import SpanCache
 from swarm.protocol import Conversation, Ledger, Verdict
 from swarm.server.backend import Work
 from swarm.server.executor import Executor
-from swarm.server.pusher import Pusher
+from swarm.server.pusher import Pusher, first_error
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
 from swarm.transport import Stream
 from swarm.wire import decode, encode
@@ -65,67 +67,98 @@ class Session:
         self._pusher = pusher
         self._limits = limits
         self._counters = counters
-        self._inbox: asyncio.Queue[Step | Sync | Redirect] = asyncio.Queue(2 * limits.window + 8)
-        self._outbox: asyncio.Queue[Message] = asyncio.Queue(limits.window + 8)
+        self._inbox: asyncio.Queue[Step] = asyncio.Queue(2 * limits.window)
+        self._outbox: asyncio.Queue[Message | RemoteProtocolError] = asyncio.Queue(
+            limits.window + 8
+        )
         self._kept: tuple[Step, Output] | None = None
+        self._pusher_here: Stream | None = None  # by which the hop before pushes
+        self._clock = asyncio.get_running_loop().time
+        self._last_sign = self._clock()  # of life
         self.load: Callable[[], Load] = Load
 
-    async def serve(self, stream: Stream, conversation: Conversation) -> None:
+    async def serve(self, stream: Stream, conversation: Conversation, opened: Opened) -> None:
         """Until the client closes. Raises RemoteProtocolError, PeerUnavailable."""
+        self._outbox.put_nowait(opened)
         try:
             async with asyncio.TaskGroup() as tasks:
+                answering = tasks.create_task(self._answer(stream))
                 working = [
+                    answering,
                     tasks.create_task(self._compute()),
-                    tasks.create_task(self._answer(stream)),
                     tasks.create_task(self._pusher.run(self._push_failed)),
                 ]
-                await self._read(stream, conversation)
+                try:
+                    await self._read(stream, conversation)
+                except RemoteProtocolError as error:
+                    await self._send(error)
+                    await answering
                 for task in working:
                     task.cancel()
         except BaseExceptionGroup as group:
-            raise _first(group) from None
+            raise first_error(group) from None
+        finally:
+            if self._pusher_here is not None:
+                self._pusher_here.cancel()
+
+    def attach(self, stream: Stream) -> None:
+        """The hop before pushes by this stream from now on; it is broken when the session ends."""
+        if self._pusher_here is not None:
+            self._pusher_here.cancel()
+        self._pusher_here = stream
 
     async def accept_push(self, step: Step) -> None:
-        """A step from the hop before, whose right was checked. Raises TimeoutError when full."""
+        """A step from the hop before, whose right was checked. Raises RemoteProtocolError BUSY."""
         self._counters.steps_from_servers += 1
-        async with asyncio.timeout(self._limits.send_timeout):
-            await self._inbox.put(step)
+        self._last_sign = self._clock()
+        try:
+            async with asyncio.timeout(self._limits.send_timeout):
+                await self._inbox.put(step)
+        except TimeoutError:
+            raise RemoteProtocolError(
+                ErrorCode.BUSY, "this session does not keep up with what is pushed"
+            ) from None
 
     async def _read(self, stream: Stream, conversation: Conversation) -> None:
-        while True:
-            async with asyncio.timeout(self._limits.idle_timeout):
-                frame = await stream.receive()
-            if frame is None:
-                return
+        while (frame := await self._next(stream)) is not None:
             match conversation.receive(decode(frame)):
                 case Close():
                     return
-                case Sync() as sync:
-                    # At once, so that steps already queued become stale.
-                    self._ledger.sync(sync.epoch)
-                    await self._inbox.put(sync)
+                case Sync(epoch=epoch):
+                    # Answered at once, however long a pass may take: steps that wait are stale
+                    # now, and the ledger counts the one that is being computed.
+                    self._ledger.sync(epoch)
+                    position, last_step = self._ledger.position, self._ledger.last_step
+                    await self._send(Synced(epoch=epoch, position=position, last_step=last_step))
                 case Step() as step:
                     self._counters.steps_from_clients += 1
                     await self._inbox.put(step)
-                case Redirect() as redirect:
-                    await self._inbox.put(redirect)
+                case Redirect(next=target):
+                    self._pusher.redirect(target)
                 case _:  # the table lets nothing else through
                     raise AssertionError
 
-    async def _compute(self) -> None:
+    async def _next(self, stream: Stream) -> bytes | None:
+        patience = self._limits.idle_timeout
         while True:
-            match await self._inbox.get():
-                case Sync():
-                    ledger = self._ledger
-                    await self._send(
-                        Synced(
-                            epoch=ledger.epoch, position=ledger.position, last_step=ledger.last_step
-                        )
-                    )
-                case Redirect(next=target):
-                    self._pusher.redirect(target)
-                case Step() as step:
-                    await self._step(step)
+            try:
+                async with asyncio.timeout_at(self._last_sign + patience):
+                    frame = await stream.receive()
+            except TimeoutError:
+                if self._clock() < self._last_sign + patience:
+                    continue  # something was pushed meanwhile
+                raise RemoteProtocolError(
+                    ErrorCode.DEADLINE, f"nothing came for {patience:g} s"
+                ) from None
+            self._last_sign = self._clock()
+            return frame
+
+    async def _compute(self) -> None:
+        try:
+            while True:
+                await self._step(await self._inbox.get())
+        except RemoteProtocolError as error:
+            await self._send(error)
 
     async def _step(self, step: Step) -> None:
         verdict = self._ledger.admit(step)
@@ -135,7 +168,9 @@ class Session:
             await self._apply(step)
         assert self._kept is not None
         computed, output = self._kept
-        pushed = step.push and await self._pusher.push(
+        # What a newer epoch has overtaken is the client's business, and its next hop another one's.
+        current = step.push and step.epoch == self._ledger.epoch
+        pushed = current and await self._pusher.push(
             computed.model_copy(update={"hidden": output.hidden, "epoch": step.epoch})
         )
         changes: dict[str, object] = {"pushed": pushed, "epoch": step.epoch}
@@ -154,6 +189,7 @@ class Session:
             crop_to=step.crop_to,
             reorder=step.reorder,
         )
+        self._ledger.applied(step)  # or the session ends
         try:
             async with asyncio.timeout(step.deadline_ms / 1000):
                 work = await self._executor.submit(work)
@@ -161,7 +197,6 @@ class Session:
             raise RemoteProtocolError(
                 ErrorCode.DEADLINE, f"the step was not ready within {step.deadline_ms} ms"
             ) from None
-        self._ledger.applied(step)
         result = work.result()
         output = Output(
             epoch=step.epoch,
@@ -173,7 +208,7 @@ class Session:
         )
         self._kept = (step, output)
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: Message | RemoteProtocolError) -> None:
         try:
             async with asyncio.timeout(self._limits.send_timeout):
                 await self._outbox.put(message)
@@ -189,14 +224,10 @@ class Session:
     async def _answer(self, stream: Stream) -> None:
         while True:
             message = await self._outbox.get()
+            if isinstance(message, RemoteProtocolError):
+                raise message
             try:
                 async with asyncio.timeout(self._limits.send_timeout):
                     await stream.send(encode(message))
             except TimeoutError:
                 raise PeerUnavailable("the client does not read its answers") from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """A refusal says more than a broken stream, and there is rarely more than one."""
-    errors = group.exceptions
-    return next((e for e in errors if isinstance(e, RemoteProtocolError)), errors[0])
