@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
@@ -77,11 +76,13 @@ def demo(argv: Sequence[str]) -> int:
     return 0 if identical else 1
 
 
-def _import() -> None:
+def _import() -> tuple[object, object]:
     """What the client needs; it takes as long as the servers' start."""
     with quick_imports():
-        for name in ("transformers.models.llama.modeling_llama", "swarm.client.model"):
-            import_module(name)
+        from transformers.models.llama import LlamaForCausalLM
+
+        from swarm.client.model import AutoDistributedModelForCausalLM
+    return LlamaForCausalLM, AutoDistributedModelForCausalLM
 
 
 def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
