@@ -103,11 +103,8 @@ class Benchmark:
     def measure(self) -> None:
         with LocalSwarm(spans=["0:8", "8:16", "16:24"]) as swarm:
             self.seconds_until_ready(swarm)
-            distributed = AutoDistributedModelForCausalLM.from_pretrained(
-                None, initial_peers=swarm.peers
-            )
-            self.time_per_token(distributed)
-            self.pause_when_killed(swarm, distributed)
+            self.time_per_token(connect(swarm))
+            self.pause_when_killed(swarm)
 
     def seconds_until_ready(self, swarm: LocalSwarm) -> None:
         """From starting a process to the line in which it says that it serves."""
@@ -139,11 +136,12 @@ class Benchmark:
             "the one over the other", "x", [a / b for a, b in zip(remote, local, strict=True)]
         )
 
-    def pause_when_killed(self, swarm: LocalSwarm, distributed: Any) -> None:
+    def pause_when_killed(self, swarm: LocalSwarm) -> None:
         """SIGKILL for the middle server, right after a token; a spare one serves its blocks."""
         values: list[float] = []
         for run in range(self.runs):
             swarm.add("8:16")
+            distributed = connect(swarm)  # looks at the swarm anew
             prompt = self.prompt()
             expected = self.generate(self.local, prompt, Stopwatch())
             with distributed.inference_session(max_length=PROMPT_TOKENS + self.tokens) as session:
@@ -175,6 +173,10 @@ class Benchmark:
 
     def say(self, what: str, run: int, values: Sequence[float]) -> None:
         print(f"{what}: {run + 1}/{self.runs}, {values[-1]:.2f}", file=sys.stderr, flush=True)
+
+
+def connect(swarm: LocalSwarm) -> Any:
+    return AutoDistributedModelForCausalLM.from_pretrained(None, initial_peers=swarm.peers)
 
 
 def in_use(swarm: LocalSwarm, hop: Any) -> int:

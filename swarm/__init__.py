@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from swarm.local import LocalSwarm as LocalSwarm
+    from swarm.client.model import (
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+    )
+    from swarm.local import LocalSwarm
 
 _HOMES = {
     "AutoDistributedModel": "swarm.client.model",
@@ -14,7 +19,12 @@ _HOMES = {
     "LocalSwarm": "swarm.local",
 }
 
-__all__ = ["LocalSwarm"]
+__all__ = [
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "LocalSwarm",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,104 @@
+"""What README.md and docs/ tell people to type exists, and their map shows the house as it is."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from swarm.cli import main
+from swarm.cli.serve import dht_parser, server_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return [code for name, code in BLOCK.findall(text) if name == language]
+
+
+def commands() -> list[list[str]]:
+    """Lines of blocks without a language that begin with a command of ours."""
+    lines = "".join(blocks("")).replace("\\\n", " ").splitlines()
+    ours = [line for line in lines if re.match(r"(scripts/\w+|swarm(-\w+)?)( |$)", line)]
+    return [shlex.split(line, comments=True) for line in ours]
+
+
+def test_every_command_is_there() -> None:
+    names = {words[0] for words in commands()}
+    assert {"scripts/demo", "scripts/test", "scripts/check", "swarm-server", "swarm-dht"} <= names
+    for name in names:
+        assert name in ("swarm", "swarm-server", "swarm-dht") or (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_parse(words: list[str]) -> None:
+    match words[0]:
+        case "swarm-server":
+            server_parser("swarm-server").parse_args(words[1:])
+        case "swarm-dht":
+            dht_parser("swarm-dht").parse_args(words[1:])
+        case "swarm":
+            assert words[1:3] == ["key", "new"]
+        case script:
+            assert (ROOT / script).stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`swarm (\w+)[ `]", README))))
+def test_subcommands_in_the_text_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = BLOCK.sub("", (ROOT / page).read_text())
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        parts = urlsplit(link)
+        if parts.scheme:
+            continue
+        assert not parts.path or ((ROOT / page).parent / parts.path).exists(), link
+        assert not parts.fragment or parts.path or parts.fragment in anchors, link
+
+
+def test_the_map_names_every_file() -> None:
+    """A newcomer finds all of the house in it, and nothing that has gone."""
+    text = README.split("## The map")[1].split("\n## ")[0]
+    named = re.findall(r"^(\S+\.py)\s", "".join(blocks("", text)), re.M)
+    mapped = [(ROOT / name).resolve() for name in named]  # client/hop.py is swarm/client/hop.py
+    files = [path for path in (ROOT / "swarm").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(mapped) == sorted(files)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=["import", "quickstart"])
+def test_python_compiles(code: str) -> None:
+    compile(code, "README.md", "exec")
+
+
+def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", blocks("python")[1]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("In the beginning ")
+    assert any(line.startswith("['0:8 at ") for line in lines)
