@@ -173,6 +173,7 @@ class Session:
         pushed = current and await self._pusher.push(
             computed.model_copy(update={"hidden": output.hidden, "epoch": step.epoch})
         )
+        self._counters.pushes += pushed
         changes: dict[str, object] = {"pushed": pushed, "epoch": step.epoch}
         if step.quiet:
             empty = to_frame(from_frame(output.hidden)[:, :0])
