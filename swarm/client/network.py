@@ -6,24 +6,34 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from swarm.client.hop import Terms
+from swarm.client.hop import Terms, endpoint_of
 from swarm.client.peers import PeerBook
 from swarm.client.routing import Request, find_route
 from swarm.config import ClientTimeouts
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerState, SignedRecord
-from swarm.errors import NoRoute, PeerUnavailable, SwarmError, UsageError
-from swarm.identity import Access, Identity, SwarmKey
+from swarm.errors import (
+    ErrorCode,
+    NoRoute,
+    PeerUnavailable,
+    RemoteProtocolError,
+    SwarmError,
+    UsageError,
+)
+from swarm.identity import Access, Identity, SwarmKey, opening_transcript
 from swarm.loop import BackgroundLoop
+from swarm.messages import Info, InfoRequest, Refused
 from swarm.rpc import RpcTransport
 from swarm.types import BlockRange, DType, ModelId, Numerics
+from swarm.wire import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +116,7 @@ class SwarmNetwork:
         self.loop = BackgroundLoop.shared()
         self.access = access
         self.transport = RpcTransport()
-        self._dht = dht
+        self.dht = dht
         self._book = PeerBook(random.Random(access.identity.peer_id))
         self._routers: dict[ModelId, ModelRouter] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -142,19 +152,34 @@ class SwarmNetwork:
 
         return BackgroundLoop.shared().call(join())
 
+    @classmethod
+    def leave_all(cls) -> None:
+        """Leave every swarm this process has joined; otherwise that happens when it ends."""
+        with cls._lock:
+            networks = list(cls._shared.values())
+            cls._shared.clear()
+        for network in networks:
+            if network.loop.alive:
+                network.loop.call(network._leave())
+
+    async def _leave(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
     async def _stay(self) -> None:
         try:
             await asyncio.Event().wait()
         finally:
             await self.transport.close()
-            await self._dht.close()
+            await self.dht.close()
 
     def router(self, model: ModelId, num_blocks: int, timeouts: ClientTimeouts) -> ModelRouter:
         """The model's router, after its first look into the DHT."""
 
         async def make() -> ModelRouter:
             if model not in self._routers:
-                directory = Directory(self._dht, model, num_blocks)
+                directory = Directory(self.dht, model, num_blocks)
                 rng = random.Random(self.access.identity.peer_id)
                 router = ModelRouter(directory, self._book, rng, timeouts)
                 self._routers[model] = router
@@ -163,6 +188,20 @@ class SwarmNetwork:
             return self._routers[model]
 
         return self.loop.call(make())
+
+    def ask(self, server: SignedRecord, timeout: float = 5.0) -> Info:
+        """What a server says of itself. Raises PeerUnavailable, RemoteProtocolError."""
+        record, nonce = server.record, secrets.token_bytes(16)
+        key = self.access.identity.public_key
+        signed = opening_transcript(record.peer_id, record.certificate_digest, nonce, key)
+        question = InfoRequest(nonce=nonce, credentials=self.access.sign_opening(signed))
+        call = self.transport.call(endpoint_of(record), "info", encode(question), timeout)
+        answer = decode(self.loop.call(call))
+        if isinstance(answer, Refused):
+            raise RemoteProtocolError(ErrorCode(answer.code), answer.message)
+        if not isinstance(answer, Info):
+            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, f"'{answer.kind}' for an answer")
+        return answer
 
     def numerics(self, router: ModelRouter, dtype: DType | None) -> Numerics:
         """What to compute in: `dtype`, or whatever covers most blocks of the model."""

@@ -1,0 +1,270 @@
+"""Real processes on loopback that really die: what the product promises to people."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from swarm import AutoDistributedModelForCausalLM, LocalSwarm
+from swarm.client.network import SwarmNetwork
+from swarm.client.remote import InferenceSession
+from swarm.config import ClientConfig, ClientTimeouts
+from swarm.dht.directory import list_models
+from swarm.errors import NoRoute, UsageError
+from swarm.identity import SwarmKey
+from swarm.models.demo import DEMO_MODEL
+from tests.models.tiny import save_tiny
+
+PROMPT = "And it came to pass"
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 64, "min_new_tokens": 64}
+SPANS = ("0:8", "8:16", "16:24")
+
+
+@pytest.fixture(scope="module")
+def local() -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return AutoTokenizer.from_pretrained(DEMO_MODEL)(PROMPT, return_tensors="pt").input_ids
+
+
+@pytest.fixture(scope="module")
+def expected(local: Any, ids: torch.Tensor) -> list[int]:
+    return local.generate(ids, **GREEDY)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    """Three spans; tests that kill a server leave as many as they found."""
+    with LocalSwarm(spans=SPANS, dtype="float32") as swarm:
+        yield swarm
+        SwarmNetwork.leave_all()
+
+
+def join(swarm: LocalSwarm, **timeouts: float) -> Any:
+    config = ClientConfig(timeouts=ClientTimeouts(**timeouts))
+    return AutoDistributedModelForCausalLM.from_pretrained(
+        None, initial_peers=swarm.peers, config=config
+    )
+
+
+def counters(swarm: LocalSwarm) -> list[dict[str, int]]:
+    """What the first three servers have counted."""
+    network = SwarmNetwork.connect(swarm.peers, None)
+    model = next(iter(network.loop.call(list_models(network.dht)))).model
+    servers = network.router(model, 24, ClientTimeouts(refresh=0.0)).view.servers
+    by_peer = {server.record.peer_id: server for server in servers}
+    return [network.ask(by_peer[server.peer_id]).counters for server in swarm.servers[:3]]
+
+
+def in_use(swarm: LocalSwarm, session: InferenceSession, hop: int) -> int:
+    """The index of the process that serves this hop of the route."""
+    address = str(session.hops[hop].endpoint)
+    return next(s.index for s in swarm.servers if s.alive and s.address == address)
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`swarm-server`, which is expected to end by itself."""
+    command = [sys.executable, "-m", "swarm", "server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[None]:
+    """`swarm-server`, ready, until the block ends."""
+    command = [sys.executable, "-m", "swarm", "server", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline().startswith("ready ")
+            yield
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+
+
+class AtToken:
+    """A streamer that acts before certain token positions are computed."""
+
+    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
+        self._actions = actions
+        self.count = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel() == 1:  # not the prompt
+            self.count += 1
+            self._actions.get(self.count, lambda: None)()
+
+    def end(self) -> None:
+        self.count = -1
+
+
+def test_a_quiet_run_pushes_and_is_exact(
+    swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
+) -> None:
+    model = join(swarm)
+    before = counters(swarm)
+    with model.inference_session(max_length=128) as session:
+        assert model.generate(ids, **GREEDY)[0].tolist() == expected
+        SwarmNetwork.leave_all()
+        assert [str(hop.blocks) for hop in session.hops] == list(SPANS)
+        assert session.recoveries == 0
+    after = counters(swarm)
+    came = [
+        {name: after[i][name] - before[i][name] for name in after[i]} for i in range(len(after))
+    ]
+    assert came[0]["steps_from_clients"] == 64  # the prompt, and each token but the last
+    assert [c["steps_from_clients"] for c in came[1:3]] == [0, 0]
+    assert [c["steps_from_servers"] for c in came[:3]] == [0, 64, 64]
+
+
+def test_threads_share_passes_and_get_their_own_tokens(
+    swarm: LocalSwarm, local: Any, ids: torch.Tensor
+) -> None:
+    model = join(swarm)
+    prompts = [ids[:, : 1 + i % ids.shape[1]] + i // 4 for i in range(8)]
+    want = [local.generate(p, **GREEDY)[0].tolist() for p in prompts]
+    before = counters(swarm)
+    with ThreadPoolExecutor(8) as threads:
+        got = list(threads.map(lambda p: model.generate(p, **GREEDY)[0].tolist(), prompts))
+    assert got == want
+    assert all(
+        after["shared_passes"] > earlier["shared_passes"]
+        for after, earlier in zip(counters(swarm)[:3], before[:3], strict=True)
+    )
+
+
+def test_beams_sampling_and_assisted_are_exact(
+    swarm: LocalSwarm, local: Any, ids: torch.Tensor
+) -> None:
+    model = join(swarm)
+    for options in (
+        {"num_beams": 3},
+        {"do_sample": True, "top_p": 0.9, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 4},
+    ):
+        options = GREEDY | {"max_new_tokens": 24, "min_new_tokens": 24} | options
+        torch.manual_seed(7)
+        want = local.generate(ids, **options)
+        torch.manual_seed(7)
+        assert model.generate(ids, **options).tolist() == want.tolist(), options
+
+
+def test_killed_before_eight_positions(
+    swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
+) -> None:
+    """SIGKILL of the server in use, each hop in turn; its replica was started meanwhile."""
+    model = join(swarm)
+    helper = ThreadPoolExecutor(1)
+    spare = [helper.submit(swarm.add, SPANS[0])]
+    with model.inference_session(max_length=128) as session:
+
+        def kill(hop: int) -> None:
+            spare.pop().result()
+            swarm.kill(in_use(swarm, session, hop))
+            spare.append(helper.submit(swarm.add, SPANS[(hop + 1) % 3]))
+
+        positions = (1, 2, 9, 17, 30, 31, 47, 63)
+        actions = {at: (lambda i=i: kill(i % 3)) for i, at in enumerate(positions)}
+        streamer = AtToken(actions)
+        got = model.generate(ids, streamer=streamer, **GREEDY)
+        assert session.recoveries == len(positions)
+    helper.shutdown()
+    assert got[0].tolist() == expected
+
+
+def test_a_frozen_server_counts_as_dead(
+    swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
+) -> None:
+    swarm.add(SPANS[1])
+    model = join(swarm, step=1.5, sync=1.0)
+    frozen: list[int] = []
+    with model.inference_session(max_length=128) as session:
+
+        def freeze() -> None:
+            frozen.append(in_use(swarm, session, 1))
+            swarm.freeze(frozen[0])
+
+        got = model.generate(ids, streamer=AtToken({20: freeze}), **GREEDY)
+        assert session.recoveries >= 1
+        assert in_use(swarm, session, 1) != frozen[0]
+    swarm.kill(frozen[0])
+    assert got[0].tolist() == expected
+
+
+def test_without_a_replacement_it_says_so_and_goes_on_when_one_comes(
+    swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
+) -> None:
+    hasty = join(swarm, recovery=2.0)
+    with hasty.inference_session(max_length=128) as session:
+
+        def kill_all() -> None:
+            for server in swarm.servers:
+                if server.alive and str(server.blocks) == SPANS[2]:
+                    swarm.kill(server.index)
+
+        with pytest.raises(NoRoute, match="16:24"):
+            hasty.generate(ids, streamer=AtToken({10: kill_all}), **GREEDY)
+        assert session.position == ids.shape[1] + 9
+    patient = join(swarm, recovery=120.0)
+    adding = threading.Thread(target=swarm.add, args=[SPANS[2]])
+    adding.start()
+    got = patient.generate(ids, **GREEDY)
+    adding.join()
+    assert got[0].tolist() == expected
+
+
+def test_servers_with_other_weights_are_never_chained(tmp_path: Path) -> None:
+    """Not even when their blocks do not overlap and one tensor of one block differs."""
+    save_tiny("llama", tmp_path / "one" / "tiny")
+    shutil.copytree(tmp_path / "one" / "tiny", tmp_path / "other" / "tiny")
+    weights = tmp_path / "other" / "tiny" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+    save_file(tensors, weights, {"format": "pt"})
+    with LocalSwarm(tmp_path / "one" / "tiny", spans=["0:3"]) as swarm:
+        other = tmp_path / "other" / "tiny"
+        with serving(str(other), "--blocks=3:6", "--peers", *swarm.peers):
+            for folder, missing in ((tmp_path / "one" / "tiny", "3:6"), (other, "0:3")):
+                model: Any = AutoDistributedModelForCausalLM.from_pretrained(
+                    folder,
+                    initial_peers=swarm.peers,
+                    config=ClientConfig(timeouts=ClientTimeouts(recovery=0.5)),
+                )
+                with pytest.raises(NoRoute, match=f"blocks {missing} of tiny"):
+                    model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+        SwarmNetwork.leave_all()
+
+
+def test_a_private_swarm_keeps_strangers_out(ids: torch.Tensor, expected: list[int]) -> None:
+    key = SwarmKey.generate()
+    with LocalSwarm(spans=["0:24"], dtype="float32", swarm_key=key) as swarm:
+        for wrong in (None, SwarmKey.generate()):
+            with pytest.raises(UsageError, match="swarm key") as caught:
+                AutoDistributedModelForCausalLM.from_pretrained(
+                    None, initial_peers=swarm.peers, swarm_key=wrong
+                )
+            assert "\n" not in str(caught.value)
+        ended = serve("--blocks=0:8", "--peers", *swarm.peers)
+        assert ended.returncode == 2
+        assert "swarm key" in ended.stderr
+        assert ended.stderr.count("\n") == 1
+        model: Any = AutoDistributedModelForCausalLM.from_pretrained(
+            None, initial_peers=swarm.peers, swarm_key=key
+        )
+        assert model.generate(ids, **GREEDY)[0].tolist() == expected
+        SwarmNetwork.leave_all()
