@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,8 +134,10 @@ class LocalSwarm:
             return process.wait()
 
     def freeze(self, index: int) -> None:
-        """SIGSTOP: the connections stay open, but nobody answers."""
-        self.servers[index].process.send_signal(signal.SIGSTOP)
+        """SIGSTOP: the connections stay open, but nobody answers. Returns when that holds."""
+        if self.servers[index].alive:
+            self.servers[index].process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, self.servers[index].pid, os.WSTOPPED)
 
     def thaw(self, index: int) -> None:
         """SIGCONT."""
@@ -160,8 +163,9 @@ class LocalSwarm:
         for process in processes:
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+                with suppress(BrokenPipeError):  # what it never read is still in the pipe
+                    if pipe is not None:
+                        pipe.close()
         deadline = time.monotonic() + _CLOSE_SECONDS
         while any(self._folder.glob("swarm-dht-*")) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)

@@ -93,7 +93,7 @@ def swarm_key_of(arguments: argparse.Namespace) -> SwarmKey | None:
 
 
 def start_logging(verbose: bool) -> None:
-    """One line each, to stderr; of others' logs only warnings."""
+    """Warnings, one line each, to stderr; everything of ours if `verbose`."""
     logging.basicConfig(
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -101,7 +101,7 @@ def start_logging(verbose: bool) -> None:
         level=logging.INFO if verbose else logging.WARNING,
         force=True,
     )
-    logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
 @contextmanager

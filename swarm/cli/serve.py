@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine, Sequence
@@ -76,6 +77,12 @@ def server_parser(program: str) -> Parser:
     )
     add_swarm_arguments(parser)
     _add_listening(parser, port=0)
+    _add_server_choices(parser)
+    add_verbose(parser)
+    return parser
+
+
+def _add_server_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dht-port", type=_port, default=0, help="for the DHT (default: any free)")
     parser.add_argument(
         "--announce-host", metavar="HOST", help="the address to tell others (default: this one's)"
@@ -98,8 +105,6 @@ def server_parser(program: str) -> Parser:
         metavar="N",
         help="positions of attention cache for all sessions together (default: %(default)s)",
     )
-    add_verbose(parser)
-    return parser
 
 
 def dht_parser(program: str) -> Parser:
@@ -193,7 +198,9 @@ class _Life:
             asyncio.get_running_loop().add_signal_handler(number, self._end)
 
     def begin(self, ready_line: str) -> None:
-        """The start is over: tell who waits for it."""
+        """The start is over: tell who waits for it. From now on strangers' doings are logged."""
+        ours = logging.getLogger("swarm")
+        ours.setLevel(min(ours.level, logging.INFO))
         print(ready_line, flush=True)
         self._begun = True
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import torch
 from pydantic import ValidationError
 
-from swarm.certificates import Certificate, issue_certificate, needs_rotation
+from swarm.certificates import issue_certificate, needs_rotation
 from swarm.config import ServerLimits
 from swarm.dht.addresses import joinable_at, own_host
 from swarm.dht.announcer import Announcer
@@ -93,16 +93,15 @@ class ServerNode:
     def __init__(self, config: ServerConfig) -> None:
         """Use `running`."""
         self._config = config
-        self._door = _Door()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._door = Door()
+        self._tasks: list[asyncio.Task[None]] = []
         self._state = ServerState.JOINING
         self._throughput = 0.0  # tokens/s, known once the span is loaded
 
     @property
     def ready_line(self) -> str:
-        model, blocks = self._served.model, self.blocks
+        model, blocks, peers = self._served.model, self.blocks, ",".join(self.peers)
         address = f"{self._host}:{self._port}"
-        peers = ",".join(self.peers)
         return f"ready model={model.name} blocks={blocks} address={address} peers={peers}"
 
     async def wait(self, stop: asyncio.Event) -> None:
@@ -110,7 +109,7 @@ class ServerNode:
         stopping = asyncio.create_task(stop.wait())
         try:
             done, _ = await asyncio.wait(
-                {stopping, *self._tasks.values()}, return_when=asyncio.FIRST_COMPLETED
+                {stopping, *self._tasks}, return_when=asyncio.FIRST_COMPLETED
             )
             for task in done - {stopping}:
                 task.result()
@@ -202,7 +201,7 @@ class ServerNode:
             numerics=Numerics(dtype=dtype),
             access=access,
             certificate_digest=lambda: self._certificate.digest,
-            record=self._record,
+            record=self._signed_record,
         )
         if config.blocks is not None:
             self.blocks = config.blocks
@@ -231,7 +230,7 @@ class ServerNode:
     async def _introduce(self, stack: AsyncExitStack) -> None:
         """Announce that we join, so that others who choose blocks count us in."""
         try:
-            self._describe()
+            _ = self.record
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "record"
@@ -240,11 +239,11 @@ class ServerNode:
                 "choose another --name, --model-name or --announce-host"
             ) from error
         identity = self._served.access.identity
-        self._announcer = Announcer(self._dht, identity, self._describe, random.SystemRandom())
+        self._announcer = Announcer(self._dht, identity, lambda: self.record, random.SystemRandom())
         stack.push_async_callback(self._announcer.withdraw)
-        stack.push_async_callback(self._cancel, "announcer", "certificate")
-        self._tasks["announcer"] = asyncio.create_task(self._announcer.run())
-        self._tasks["certificate"] = asyncio.create_task(self._keep_certificate_fresh())
+        stack.push_async_callback(self._cancel_tasks)
+        for work in (self._announcer.run(), self._keep_certificate_fresh()):
+            self._tasks.append(asyncio.create_task(work))
 
     def _load(self, checkpoint: Checkpoint, device: torch.device) -> Span:
         numerics = self._served.numerics
@@ -267,12 +266,14 @@ class ServerNode:
         stack.push_async_callback(executor.stop)
         transport = RpcTransport()
         stack.push_async_callback(transport.close)
-        self._handler = Handler(self._served, span, executor, transport, self._resolve, limits)
+        self._handler = Handler(self._served, span, executor, transport, self.resolve, limits)
         self._door.handler = self._handler
         # Sessions must end before what they use does.
         stack.push_async_callback(self._rpc.stop, 0.0)
 
-    def _describe(self) -> ServerRecord:
+    @property
+    def record(self) -> ServerRecord:
+        """What this server says about itself at the moment."""
         load = self._door.handler.load() if self._door.handler else None
         return ServerRecord(
             peer_id=self._served.access.identity.peer_id,
@@ -291,11 +292,11 @@ class ServerNode:
             public_name=self._config.public_name,
         )
 
-    def _record(self) -> bytes:
+    def _signed_record(self) -> bytes:
         signed = self._announcer.signed
         return signed.data if signed is not None else b""
 
-    def _resolve(self, target: PushTarget) -> Endpoint:
+    def resolve(self, target: PushTarget) -> Endpoint:
         """Where to push, by the next hop's own word. Raises InvalidRecord."""
         record = open_record(target.record, key=self._config.swarm_key, now=self._dht.now())
         if (record.model, record.numerics) != (self._served.model, self._served.numerics):
@@ -305,34 +306,30 @@ class ServerNode:
     async def _announce(self, state: ServerState) -> None:
         """Publish a new state now; if nobody listens, the announcer tries again later."""
         self._state = state
-        await self._cancel("announcer")  # two publications at a time could overtake each other
         try:
             await self._announcer.publish()
         except PeerUnavailable as error:
             logger.warning("could not announce that this server is %s: %s", state, error)
-        self._tasks["announcer"] = asyncio.create_task(self._announcer.run())
 
     async def _keep_certificate_fresh(self) -> None:
         while True:
             await asyncio.sleep(_ROTATION_LOOK_SECONDS)
             if needs_rotation(self._certificate, time.time()):
-                self._rotate(issue_certificate(self._served.access.identity, time.time()))
+                self.rotate(time.time())
 
-    def _rotate(self, certificate: Certificate) -> None:
+    def rotate(self, now: float) -> None:
         """Connections that stand go on; whoever dials by the old record has to look again."""
-        self._certificate = certificate
-        self._rpc.rotate(certificate)
+        self._certificate = issue_certificate(self._served.access.identity, now)
+        self._rpc.rotate(self._certificate)
         self._announcer.changed()
 
-    async def _cancel(self, *names: str) -> None:
-        tasks = [self._tasks.pop(name) for name in names if name in self._tasks]
-        for task in tasks:
+    async def _cancel_tasks(self) -> None:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.wait(self._tasks)
 
 
-class _Door:
+class Door:
     """Answers on the port for the handler, as long as there is none yet."""
 
     def __init__(self) -> None:

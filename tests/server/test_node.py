@@ -1,0 +1,215 @@
+"""A server node starts, chooses, serves, and leaves without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from swarm.certificates import check_certificate, fetch_certificate
+from swarm.dht.directory import Directory, SwarmView
+from swarm.dht.node import DhtNode
+from swarm.dht.records import ServerState, sign_record
+from swarm.errors import ErrorCode, InvalidRecord, UsageError
+from swarm.identity import Identity
+from swarm.loop import run
+from swarm.messages import PushTarget, Refused
+from swarm.server.node import Door, ServerConfig, ServerNode
+from swarm.types import BlockRange, ModelId
+from swarm.wire import decode
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four blocks."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        vocab_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path) -> ServerConfig:
+    return ServerConfig(model=model, host="127.0.0.1", device="cpu")
+
+
+def play(coroutine: Coroutine[Any, Any, None]) -> None:
+    async def within() -> None:
+        async with asyncio.timeout(60):
+            await coroutine
+
+    run(within())
+
+
+async def refused(config: ServerConfig, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence) as caught:
+        async with ServerNode.running(config):
+            pytest.fail("it runs")
+    assert "\n" not in str(caught.value)
+
+
+@asynccontextmanager
+async def bystander() -> AsyncGenerator[tuple[DhtNode, tuple[str, ...]]]:
+    """Somebody else's DHT node, and the peers to join by."""
+    node = await DhtNode.create(Identity.ephemeral())
+    try:
+        yield node, tuple(await node.visible_addresses())
+    finally:
+        await node.close()
+
+
+async def look(dht: DhtNode, server: ServerNode) -> SwarmView:
+    record = server.record
+    return await Directory(dht, record.model, record.num_blocks).refresh()
+
+
+def test_a_server_alone_serves_and_says_so(config: ServerConfig) -> None:
+    async def scene() -> None:
+        async with ServerNode.running(replace(config, blocks=BlockRange(1, 3))) as node:
+            assert re.fullmatch(
+                r"ready model=tiny-llama blocks=1:3 address=127\.0\.0\.1:\d+ "
+                r"peers=/ip4/127\.0\.0\.1/tcp/\d+/p2p/Qm\w+",
+                node.ready_line,
+            )
+            assert node.record.state is ServerState.ONLINE
+            assert node.record.throughput > 0
+            port = node.record.port
+        with pytest.raises(ConnectionRefusedError):  # the port is free again
+            socket.create_connection(("127.0.0.1", port), timeout=1)
+
+    play(scene())
+
+
+def test_servers_without_blocks_share_the_model_and_one_leaves(config: ServerConfig) -> None:
+    async def scene() -> None:
+        half = replace(config, num_blocks=2)
+        async with (
+            bystander() as (dht, peers),
+            ServerNode.running(replace(half, peers=peers)) as first,
+        ):
+            async with ServerNode.running(replace(half, peers=peers)) as second:
+                assert [str(s.record.blocks) for s in (first, second)] == ["0:2", "2:4"]
+                view = await look(dht, first)
+                assert not view.missing_blocks()
+                await second.drain()
+                assert second.record.state is ServerState.DRAINING
+            view = await look(dht, first)
+            assert view.missing_blocks() == (BlockRange(2, 4),)
+            assert [s.record.peer_id for s in view.servers] == [first.record.peer_id]
+
+    play(scene())
+
+
+def test_without_a_model_it_serves_what_the_swarm_does(config: ServerConfig) -> None:
+    async def scene() -> None:
+        named = replace(config, model_name="swarm-demo", blocks=BlockRange(0, 2))
+        async with bystander() as (_, peers):
+            nothing = replace(config, model=None, peers=peers)
+            await refused(nothing, "serves no model yet: say which MODEL")
+            async with ServerNode.running(replace(named, peers=peers)):
+                # The bundled model has that name, but these weights are others.
+                await refused(nothing, "has other weights: say which MODEL")
+
+    play(scene())
+
+
+def test_it_computes_as_the_swarm_does(config: ServerConfig) -> None:
+    async def scene() -> None:
+        async with ServerNode.running(replace(config, dtype="bfloat16", num_blocks=1)) as first:
+            joining = replace(config, peers=tuple(first.peers), num_blocks=1)
+            async with ServerNode.running(joining) as second:
+                assert second.record.numerics == first.record.numerics
+
+    play(scene())
+
+
+def test_it_pushes_only_to_servers_of_the_very_same_model(config: ServerConfig) -> None:
+    async def scene() -> None:
+        async with ServerNode.running(config) as node:
+            other = Identity.ephemeral()
+            record = node.record.model_copy(
+                update={
+                    "peer_id": other.peer_id,
+                    "port": 4242,
+                    "announced_at": int(time.time() * 1000),
+                }
+            )
+
+            def target(**changes: Any) -> PushTarget:
+                signed = sign_record(record.model_copy(update=changes), other, None)
+                return PushTarget(record=signed.data, session_id=bytes(16), ticket=bytes(16))
+
+            assert node.resolve(target()).port == 4242
+            changed = ModelId("tiny-llama", "0" * 64)
+            with pytest.raises(InvalidRecord, match="another model"):
+                node.resolve(target(model=changed))
+            forged = target().model_copy(update={"record": target().record[:-1] + b"\0"})
+            with pytest.raises(InvalidRecord):
+                node.resolve(forged)
+
+    play(scene())
+
+
+def test_what_cannot_be_is_said_in_one_sentence(config: ServerConfig) -> None:
+    async def scene() -> None:
+        await refused(replace(config, blocks=BlockRange(0, 99)), r"choose --blocks within 0:4")
+        await refused(replace(config, model=Path("/no/such")), "there is no folder /no/such")
+        await refused(replace(config, device="cuda:77"), "no device 'cuda:77'")
+        await refused(replace(config, public_name="x" * 31), "choose another --name")
+        peers = (f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.ephemeral().peer_id}",)
+        await refused(replace(config, peers=peers), "no peers reachable")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            await refused(replace(config, port=port), "the port is in use")
+
+    play(scene())
+
+
+def test_whoever_comes_too_early_is_asked_to_wait() -> None:
+    async def scene() -> None:
+        sent: list[bytes] = []
+
+        class Stream:
+            async def send(self, frame: bytes) -> None:
+                sent.append(frame)
+
+            async def finish(self) -> None: ...
+
+        door: Any = Door()
+        await door.session(Stream())
+        for answer in (sent[0], await door.info(b"")):
+            message = decode(answer)
+            assert isinstance(message, Refused)
+            assert message.code is ErrorCode.BUSY
+
+    play(scene())
+
+
+def test_a_new_certificate_is_announced_and_shown(config: ServerConfig) -> None:
+    async def scene() -> None:
+        async with ServerNode.running(config) as node:
+            before = node.record
+            node.rotate(time.time())
+            record = node.record
+            assert record.certificate_digest != before.certificate_digest
+            pem = await fetch_certificate(record.host, record.port, 5.0)
+            check_certificate(pem, peer_id=record.peer_id, digest=record.certificate_digest)
+
+    play(scene())

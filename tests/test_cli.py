@@ -1,0 +1,225 @@
+"""Commands teach, start at once, and say what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from swarm.cli import dht_main, main, server_main
+from swarm.cli.demo import _Show
+from swarm.cli.status import health
+from swarm.dht.directory import SwarmView
+from swarm.dht.records import ServerRecord, SignedRecord
+from swarm.identity import Identity, SwarmKey
+from swarm.types import BlockRange, ModelId
+from tests.hub import serve
+
+NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.ephemeral().peer_id}"
+LOCAL = ["--host", "127.0.0.1"]
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands set logging up, with this test's stderr in it."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), logging.getLogger("swarm").level
+    yield
+    root.handlers[:] = before
+    logging.getLogger("swarm").setLevel(level)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], status: int) -> str:
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert "Traceback" not in err
+    [line] = err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--blocks 5:2", "swarm-server: blocks 5:2 are not a range; write START:END with"),
+        ("--blocks five", "'five' are not START:END, for example 0:20"),
+        ("--blocks 0:99", "choose --blocks within 0:24"),
+        ("--blocks 0:2 --num-blocks 3", "not allowed with argument --blocks; see `swarm-server"),
+        ("--num-blocks 0", "give 1 or more"),
+        ("--port 70000", "'70000' is not a port"),
+        ("--speed", "unrecognized arguments: --speed; see `swarm-server --help`"),
+        ("--dtype int3", "choose from"),
+        ("--device abacus", "torch finds no device 'abacus'"),
+        ("./no-such-folder", "there is no folder ./no-such-folder: check the path"),
+        ("nobody/no-such-model", "cannot be reached and"),
+        ("a b c", "unrecognized arguments"),
+        ("--swarm-key swarm-key-1:abc", "not a swarm key"),
+        ("--swarm-key /no/such/file", "make one with `swarm key new`"),
+        (f"--peers {NOBODY}", "no peers reachable at"),
+        ("--peers 10.0.0.5:4001", "is not the address of a peer"),
+        ("--host example.org", "host 'example.org' is not an IP address"),
+        ("--name " + "x" * 31, "choose another --name"),
+    ],
+)
+def test_a_server_says_what_is_wrong(
+    line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = line.split() if "--host" in line else [*line.split(), *LOCAL]
+    assert sentence in complaint(capsys, server_main(arguments))
+
+
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "choose another --port" in complaint(capsys, server_main([*LOCAL, "--port", port]))
+        dht = ["--port", port, "--identity", str(Path("/dev/null/x"))]
+        assert "choose another" in complaint(capsys, dht_main([*LOCAL, *dht]))
+
+
+def test_a_gated_repo_without_a_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "repo").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "repo" / name).write_text("{}")
+    with serve({"org/gated": tmp_path / "repo"}) as hub:
+        hub.gated.add("org/gated")
+        hub.use(monkeypatch, tmp_path)
+        sentence = complaint(capsys, server_main(["org/gated", *LOCAL]))
+    assert "is gated: accept its licence at" in sentence
+    assert "HF_TOKEN" in sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("dance", "there is no command 'dance'; see `swarm --help`"),
+        ("status", "give --peers or set SWARM_PEERS"),
+        ("chat", "give --peers or set SWARM_PEERS"),
+        (f"status --peers {NOBODY}", "no peers reachable at"),
+        ("demo --tokens 2", "--tokens is between"),
+        ("key old", "choose from"),
+        ("key new --out /no/such/folder/key", "choose another --out"),
+        ("dht --identity /dev/null/x --host 127.0.0.1", "choose another"),
+    ],
+)
+def test_swarm_says_what_is_wrong(
+    line: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in complaint(capsys, main(line.split()))
+
+
+@pytest.mark.parametrize("line", ["", "server", "dht", "demo", "chat", "status", "key"])
+def test_help_teaches_by_examples_and_names_the_environment(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*line.split(), "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text or not line
+    assert "SWARM_PEERS" in text or line in ("demo", "key")
+
+
+def test_help_and_usage_errors_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\n"
+        "from swarm.cli import main, server_main\n"
+        "from swarm import LocalSwarm\n"
+        "assert server_main(['--blocks', '5:2']) == 2\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'hivemind', 'grpc'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_new_key_is_for_its_owner_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "secret.key"
+    assert main(["key", "new", "--out", str(path)]) == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert SwarmKey.load(path).text() == path.read_text().strip()
+    assert "exists; choose another --out" in complaint(
+        capsys, main(["key", "new", "--out", str(path)])
+    )
+    assert main(["key", "new"]) == 0
+    assert SwarmKey.parse(capsys.readouterr().out).text() != path.read_text().strip()
+
+
+def test_a_bootstrap_node_has_a_lasting_identity_and_leaves_politely(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "dht.identity"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "swarm", "dht", *LOCAL, "--port", "0", "--identity", path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    assert line.startswith("ready peers=/ip4/127.0.0.1/tcp/")
+    assert line.endswith(f"/p2p/{Identity.load_or_create(path).peer_id}")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_the_demo_survives_and_is_exact() -> None:
+    demo = subprocess.run(
+        [sys.executable, "-m", "swarm", "demo", "--tokens", "24", "--seed", "3"],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert demo.returncode == 0, demo.stderr
+    lines = demo.stdout.splitlines()
+    before = [line for line in lines if line.startswith("route: ")]
+    after = [line for line in lines if line.startswith("route after: ")]
+    assert len(before) == len(after) == 3
+    assert before[1].partition(": ")[2] != after[1].partition(": ")[2]
+    assert any(line.endswith("is killed") for line in lines)
+    assert lines[-1] == "identical: yes (24 tokens, against the model in one piece)"
+
+
+def test_health_says_when_blocks_are_missing() -> None:
+    model, identity = ModelId("m", "0" * 64), Identity.ephemeral()
+
+    def view(*spans: str) -> SwarmView:
+        records = [
+            ServerRecord(
+                peer_id=identity.peer_id,
+                model=model,
+                blocks=BlockRange.parse(span),
+                num_blocks=4,
+                host="127.0.0.1",
+                port=1,
+                certificate_digest=bytes(32),
+            )
+            for span in spans
+        ]
+        return SwarmView(model, 4, tuple(SignedRecord(record, b"") for record in records))
+
+    assert health(view("0:2", "2:4", "0:4")) == "healthy"
+    assert health(view("0:2", "1:4")) == "degraded"
+    assert health(view("0:2", "3:4")) == "broken"
+
+
+def test_a_text_breaks_between_words_on_a_terminal() -> None:
+    screen = io.StringIO()
+    show = _Show(Console(file=screen, force_terminal=True, width=12, highlight=False))
+    for piece in ("In the", " beginning", " was", " the", " word"):
+        show.text(piece)
+    show.end_text()
+    assert screen.getvalue() == "In the\nbeginning\nwas the\nword\n"
