@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -14,10 +15,10 @@ from swarm.client.remote import Connection, RemoteBlocks
 from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
 from swarm.dht.records import ServerRecord, SignedRecord, open_record, sign_record
 from swarm.errors import NoRoute, SwarmError
-from swarm.fakes import FakeNetwork
+from swarm.fakes import FakeNetwork, Fate, deliver
 from swarm.identity import Access, Identity, SwarmKey
 from swarm.loop import BackgroundLoop
-from swarm.messages import PushTarget
+from swarm.messages import Message, PushTarget
 from swarm.models.selftest import SplitProof, prove_split
 from swarm.models.spans import Span, strip
 from swarm.server.backend import Backend
@@ -26,10 +27,15 @@ from swarm.server.handler import Handler, Served
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Endpoint, Service
 from swarm.types import BlockRange, ModelId, Numerics
+from swarm.wire import decode
 
 NOW = 1_700_000_000.0
 MODEL = ModelId("tiny", hashlib.sha256(b"tiny").hexdigest())
 QUICK = ClientTimeouts(connect=5.0, sync=0.5, step=2.0, recovery=3.0, refresh=0.01)
+STEADY = ClientTimeouts(connect=20.0, sync=20.0, step=20.0, recovery=20.0, refresh=0.01)
+
+Fits = Callable[[str, str, str, Message], bool]
+"""`fits(source, destination, method, message)`"""
 
 
 @cache
@@ -93,6 +99,15 @@ class Server:
         return self.endpoint.peer_id
 
 
+@dataclass
+class Trap:
+    """`act` is awaited once, before the first frame that `fits` is on its way."""
+
+    fits: Fits
+    act: Callable[[], Awaitable[Fate | None]]
+    sprung: bool = False
+
+
 class InProcessSwarm:
     """Spans on the background loop; everything here may be called from the test's thread."""
 
@@ -103,6 +118,7 @@ class InProcessSwarm:
         self.loop = BackgroundLoop.shared()
         self.key = swarm_key
         self.limits = limits or ServerLimits(send_timeout=2.0)
+        self._strangers = self.loop.call(_tasks())
 
     def __enter__(self) -> InProcessSwarm:
         return self
@@ -172,6 +188,7 @@ class InProcessSwarm:
         timeouts: ClientTimeouts = QUICK,
         chunk_bytes: int = 1 << 20,
         key: SwarmKey | None = None,
+        client: int = 99,
     ) -> RemoteBlocks:
         """A client's view of the swarm."""
         connection = Connection(
@@ -179,8 +196,8 @@ class InProcessSwarm:
             Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
             span.hidden_size,
             self.router,
-            self.network.transport("client"),
-            Access(identity(99), key or self.key),
+            self.network.transport(f"client {client}"),
+            Access(identity(client), key or self.key),
             ClientConfig(timeouts=timeouts, chunk_bytes=chunk_bytes),
         )
         return RemoteBlocks(connection, blocks)
@@ -196,10 +213,56 @@ class InProcessSwarm:
     def cut(self, server: Server) -> None:
         self.on_loop(self.network.cut, server.endpoint)
 
+    def revive(self, server: Server) -> None:
+        """Started again, and forgiven."""
+        self.on_loop(self._revive, server)
+
+    def _revive(self, server: Server) -> None:
+        self.network.restore(server.endpoint)
+        self.router.banned.discard(server.peer_id)
+
+    def trap(self, fits: Fits, act: Callable[[], Awaitable[Fate | None]]) -> Trap:
+        """Something that happens at just one point; there may be one trap at a time."""
+        trap = Trap(fits, act)
+
+        async def watch(source: str, destination: str, method: str, frame: bytes) -> Fate:
+            if trap.sprung or not fits(source, destination, method, decode(frame)):
+                return Fate.DELIVER
+            trap.sprung = True
+            return await act() or Fate.DELIVER
+
+        self.network.before_frame = watch
+        return trap
+
+    def no_trap(self) -> None:
+        self.network.before_frame = deliver
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 20.0) -> None:
+        """For what has no event of its own. Raises TimeoutError."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(timeout):
+                while not condition():  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+
+        self.loop.call(wait())
+
+    def assert_quiet(self) -> None:
+        """Nobody has a session any more: all cache slots are free, and no task is left over."""
+        self.wait_until(lambda: not any(server.handler.sessions for server in self.servers))
+        for server in self.servers:
+            assert server.handler.load().free_tokens == self.limits.kv_tokens
+            assert server.handler.load().queue == 0
+        self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
+
     def serving(self, session: Any, block: int) -> Server:
         """Who serves `block` for that session now."""
         hop = next(hop for hop in session.hops if hop.blocks.start <= block < hop.blocks.end)
         return next(server for server in self.servers if server.peer_id == hop.peer_id)
+
+
+async def _tasks() -> set[asyncio.Task[Any]]:
+    return asyncio.all_tasks()
 
 
 def span_of(model: Any, start: int, end: int) -> Span:

@@ -60,6 +60,9 @@ class Pusher:
                     target, step = await self._push_to(target, step)
                     continue
                 except SwarmError as error:
+                    task = asyncio.current_task()
+                    if task is not None and task.cancelling():
+                        raise asyncio.CancelledError from error  # Python 3.11's groups forget it
                     if target is self._target:
                         self._target = None
                         await report(*self._last, str(error))

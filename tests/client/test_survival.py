@@ -1,0 +1,390 @@
+"""Whatever dies, and whenever: sessions give what they would have given undisturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from swarm.client.generation import distributed_class
+from swarm.errors import NoRoute
+from swarm.fakes import Fate
+from swarm.messages import Message, Output, Step
+from swarm.models.shell import make_shell
+from tests.client.twins import THIRDS, WHOLE, House
+from tests.inprocess import STEADY, Server
+from tests.models.tiny import VOCAB
+
+TOKENS = 64
+BORDERS = (0, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[House]:
+    """Three spans, two servers for each."""
+    with House() as house:
+        yield house
+
+
+@pytest.fixture
+def house(shared: House) -> Iterator[House]:
+    """All servers are back before a test, and nobody remembers anything."""
+    shared.swarm.no_trap()
+    for server in shared.servers:
+        shared.swarm.revive(server)
+    shared.swarm.router.failures.clear()
+    yield shared
+    shared.swarm.assert_quiet()
+
+
+# The sweep ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_the_hop_in_use_may_die_before_any_position(house: House, hop: int) -> None:
+    with house.twin() as twin:
+        twin.step(5)
+        for position in range(TOKENS):
+            dead = twin.kill(hop)
+            twin.step()
+            assert twin.session.recoveries == position + 1
+            house.swarm.revive(dead)
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_generated_tokens_are_the_unbroken_ones(house: House, hop: int) -> None:
+    blocks = house.swarm.blocks(house.whole, WHOLE, timeouts=STEADY)
+    model: Any = copy.deepcopy(house.model)
+    make_shell(model, blocks)
+    model.__class__ = distributed_class(type(model))
+    model.remote_blocks = blocks
+    prompt = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(hop))
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+    expected = house.model.generate(prompt, **options)  # type: ignore[operator]
+
+    class Killer:
+        """A streamer: called before the prompt and after each token."""
+
+        dead: Server | None = None
+        calls = itertools.count()
+
+        def put(self, _: torch.Tensor) -> None:
+            if next(self.calls) % 3 == 1:
+                if self.dead is not None:
+                    house.swarm.revive(self.dead)
+                self.dead = house.swarm.serving(session, BORDERS[hop])
+                house.swarm.cut(self.dead)
+
+        def end(self) -> None: ...
+
+    with model.inference_session(max_length=64) as session:
+        got = model.generate(prompt, streamer=Killer(), **options)
+        assert session.recoveries == 8
+    assert got.tolist() == expected.tolist()
+
+
+# Between steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "frames"), [(0, 2), (4, 3), (9, 5), (10, 6)], ids=["first", "chunk", "step", "later"]
+)
+@pytest.mark.parametrize(
+    ("point", "hop"),
+    [(point, hop) for hop in range(3) for point in ("not computed", "not pushed", "not copied")],
+)
+def test_it_may_die_at_each_point_of_a_step(
+    house: House, hop: int, point: str, start: int, frames: int
+) -> None:
+    """`not pushed` and `not copied` of the last hop are both: answered but not received.
+
+    `frames` have been pushed when the step from `start` on has.
+    """
+    network = house.swarm.network
+    peers = {s.peer_id for s in house.servers if s.record.record.blocks.start == BORDERS[hop]}
+    answers = Output if point == "not copied" or (point, hop) == ("not pushed", 2) else Step
+
+    def fits(source: str, destination: str, method: str, message: Message) -> bool:
+        place = destination if point == "not computed" else source
+        return isinstance(message, answers) and message.start == start and place in peers
+
+    async def act() -> Fate:
+        route = [hop.peer_id for hop in twin.session.hops]
+        while answers is Output and hop < 2:
+            if network.frames[route[hop], route[hop + 1], "push"] == frames:
+                break
+            await asyncio.sleep(0)
+        network.cut(twin.serving(hop).endpoint)
+        return Fate.BREAK
+
+    network.frames.clear()
+    with house.twin(chunk_bytes=4 * 4 * house.whole.hidden_size) as twin:
+        trap = house.swarm.trap(fits, act)
+        twin.step(9)  # in chunks of 4
+        twin.step()
+        twin.step()
+        assert trap.sprung
+        twin.step(3)
+        assert twin.session.recoveries == 1
+
+
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_dead_link_between_living_servers_is_gone_round(house: House, hop: int) -> None:
+    with house.twin() as twin:
+        twin.step(5)
+        route = [h.peer_id for h in twin.session.hops]
+        pair = (route[hop], route[hop + 1])
+        house.swarm.on_loop(house.swarm.network.block, *pair)
+        relayed = house.swarm.network.frames["client 99", route[hop + 1], "session"]
+        for _ in range(4):
+            twin.step()
+        twin.step(6)
+        assert [h.peer_id for h in twin.session.hops] == route
+        assert not house.swarm.router.failures
+        assert house.swarm.network.frames["client 99", route[hop + 1], "session"] >= relayed + 4
+        house.swarm.on_loop(house.swarm.network.unblock, *pair)
+
+
+def test_pushes_that_vanish_are_relayed_after_a_while(house: House) -> None:
+    """Nobody breaks, nobody complains: the client finds out by silence."""
+    with house.twin(timeouts=replace(STEADY, step=0.5)) as twin:
+        twin.step(5)
+        route = [h.peer_id for h in twin.session.hops]
+
+        async def swallow(source: str, destination: str, method: str, frame: bytes) -> Fate:
+            if (source, destination) == (route[0], route[1]):
+                await asyncio.Event().wait()
+            return Fate.DELIVER
+
+        house.swarm.network.before_frame = swallow
+        for _ in range(3):
+            twin.step()
+        assert [h.peer_id for h in twin.session.hops] == route
+        house.swarm.no_trap()
+
+
+# More than one disaster --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_twice_in_a_row(house: House, hop: int) -> None:
+    with house.twin() as twin:
+        twin.step(6)
+        dead = twin.kill(hop)
+        twin.step()
+        house.swarm.revive(dead)
+        twin.kill(hop)
+        twin.step()
+        twin.step()
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_the_replacement_dies_during_replay(house: House, hop: int) -> None:
+    with house.twin(chunk_bytes=2 * 4 * house.whole.hidden_size) as twin:
+        twin.step(9)
+        first = twin.kill(hop)
+
+        async def act() -> Fate:
+            house.swarm.network.cut(twin.serving(hop).endpoint)
+            house.swarm._revive(first)
+            return Fate.BREAK
+
+        trap = house.swarm.trap(lambda *frame: getattr(frame[3], "quiet", False), act)
+        twin.step()
+        assert trap.sprung
+        twin.step(2)
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_a_neighbour_dies_during_replay(house: House, hop: int) -> None:
+    with house.twin(chunk_bytes=2 * 4 * house.whole.hidden_size) as twin:
+        twin.step(9)
+        twin.kill(hop)
+
+        async def act() -> None:
+            house.swarm.network.cut(twin.serving((hop + 1) % 3).endpoint)
+
+        trap = house.swarm.trap(lambda *frame: getattr(frame[3], "quiet", False), act)
+        twin.step()
+        assert trap.sprung
+        twin.step(2)
+
+
+@pytest.mark.parametrize("hops", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
+def test_several_at_once(house: House, hops: tuple[int, ...]) -> None:
+    with house.twin() as twin:
+        twin.step(6)
+        for hop in hops:
+            twin.kill(hop)
+        twin.step()
+        twin.step(3)
+
+
+# What sessions do --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_after_a_rollback(house: House, hop: int) -> None:
+    with house.twin() as twin:
+        for dies_first in (True, False):
+            twin.step(8)
+            for _ in range(3):
+                twin.step()
+            if dies_first:
+                dead = twin.kill(hop)
+                twin.rollback(5)
+            else:
+                twin.rollback(5)
+                dead = twin.kill(hop)
+            twin.step(2)
+            twin.step()
+            house.swarm.revive(dead)
+            twin.rollback(0)
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_beams(house: House, hop: int) -> None:
+    with house.twin(batch=3) as twin:
+        twin.step(6)
+        for number, rows in enumerate([(0, 0, 1), (2, 1, 0), (1, 1, 1), (0, 2, 2), (2, 0, 1)]):
+            twin.reorder(*rows)
+            if number % 2:
+                dead = twin.kill(hop)
+                twin.step()
+                house.swarm.revive(dead)
+            twin.step()
+            twin.rollback(7)
+            twin.reorder(*rows)
+            twin.step(2)
+
+
+@pytest.mark.parametrize("hop", range(3))
+@pytest.mark.parametrize("point", ["not pushed", "not copied"])
+def test_beams_when_only_some_servers_have_reordered(house: House, hop: int, point: str) -> None:
+    peers = {s.peer_id for s in house.servers if s.record.record.blocks.start == BORDERS[hop]}
+    last = Output if point == "not copied" or hop == 2 else Step
+
+    def fits(source: str, destination: str, method: str, message: Message) -> bool:
+        return source in peers and isinstance(message, last) and message.start == 7
+
+    async def act() -> Fate:
+        house.swarm.network.cut(twin.serving(hop).endpoint)
+        return Fate.BREAK
+
+    with house.twin(batch=3) as twin:
+        twin.step(6)
+        trap = house.swarm.trap(fits, act)
+        for rows in [(2, 0, 0), (1, 2, 0), (1, 1, 0)]:
+            twin.reorder(*rows)
+            twin.step()
+        assert trap.sprung
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_padding_at_the_left_and_in_the_middle(house: House, hop: int) -> None:
+    left = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
+    middle = torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]])
+    with house.twin(batch=3) as twin:
+        twin.step(5, padding=left)
+        twin.step()
+        dead = twin.kill(hop)
+        twin.step()
+        house.swarm.revive(dead)
+        twin.step(3, padding=middle)
+        twin.kill(hop)
+        twin.step()
+        twin.step(2)
+
+
+def test_padding_that_comes_late(house: House) -> None:
+    with house.twin(batch=2) as twin:
+        twin.step(5)
+        twin.step(3, padding=torch.tensor([[1, 1, 1], [0, 0, 1]]))
+        twin.kill(1)
+        twin.step()
+
+
+def test_growing_beyond_what_was_reserved(house: House) -> None:
+    with house.twin(max_length=6) as twin:
+        twin.step(5)
+        for _ in range(3):
+            twin.step()
+        twin.kill(1)
+        twin.step(20)
+
+
+# Who takes over ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spans", "victim"),
+    [
+        ([*THIRDS, (2, 3), (3, 4)], 1),
+        ([*THIRDS, (0, 1), (1, 3)], 0),
+        ([*THIRDS, (0, 6)], 1),
+        ([*THIRDS, (1, 6)], 2),
+        ([*THIRDS, (1, 3), (3, 5)], 1),
+    ],
+    ids=["pieces", "overlapping pieces", "larger", "last of a larger one", "parts of larger ones"],
+)
+def test_replacements_cut_elsewhere(spans: list[tuple[int, int]], victim: int) -> None:
+    with House(spans=THIRDS) as house, house.twin() as twin:
+        twin.step(6)
+        for start, end in spans[3:]:
+            house.add(start, end)
+        dead = twin.kill(victim)
+        twin.step()
+        twin.step(3)
+        lost_again = twin.kill(victim)  # some piece, perhaps
+        house.swarm.revive(dead)
+        twin.step()
+        house.swarm.revive(lost_again)
+        twin.step()
+
+
+def test_a_frozen_server_counts_as_dead_after_the_deadline(house: House) -> None:
+    timeouts = replace(STEADY, step=0.3, sync=0.3)
+    with house.twin(timeouts=timeouts) as twin:
+        twin.step(5)
+        frozen = twin.serving(1)
+        house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
+        twin.step()
+        assert frozen.peer_id not in {hop.peer_id for hop in twin.session.hops}
+        house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
+        twin.step()
+
+
+def test_without_a_replacement_the_missing_blocks_are_named_in_time() -> None:
+    timeouts = replace(STEADY, recovery=0.3)
+    with House(spans=THIRDS) as house, house.twin(timeouts=timeouts) as twin:
+        twin.step(5)
+        dead = twin.kill(1)
+        begin = time.monotonic()
+        with pytest.raises(NoRoute, match="2:4"):
+            twin.session.step(torch.randn(1, 1, house.whole.hidden_size))
+        assert time.monotonic() - begin < 5
+        house.swarm.revive(dead)  # and the session is none the worse
+        twin.step()
+
+
+def test_it_goes_on_by_itself_when_a_server_comes_back() -> None:
+    with House(spans=THIRDS) as house, house.twin() as twin:
+        twin.step(5)
+        dead = twin.kill(1)
+
+        async def comes_back() -> None:
+            while house.swarm.router.refreshed < 3:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            house.swarm._revive(dead)
+
+        returning = asyncio.run_coroutine_threadsafe(comes_back(), house.swarm.loop._loop)
+        twin.step()
+        returning.result(1)
+        twin.step()
