@@ -124,7 +124,7 @@ class RaggedMask:
 
 def ragged_mask(
     *,
-    mask_function: Callable[..., Tensor],
+    mask_function: Callable[..., Any],
     local_size: int | None = None,
     use_vmap: bool = False,
     **_: Any,
@@ -136,7 +136,7 @@ def ragged_mask(
     return RaggedMask(work, [_window(s, mask_function, local_size) for s in work.segments])
 
 
-def _window(segment: Segment, visible: Callable[..., Tensor], local_size: int | None) -> _Window:
+def _window(segment: Segment, visible: Callable[..., Any], local_size: int | None) -> _Window:
     past, tokens, mask = segment.cache.length, segment.tokens, segment.mask
     first = 0 if local_size is None else max(0, past + 1 - local_size)
     fits = past == 0 and (local_size is None or tokens <= local_size)

@@ -8,7 +8,11 @@ which everything else was taken out while it was on the meta device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Collection, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,6 +30,8 @@ from swarm.models.selftest import prove_split
 from swarm.models.shell import RemoteStack, make_shell
 from swarm.models.spans import Span, SplitProof, strip
 from swarm.types import BlockRange
+
+_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 class Weights(Protocol):
@@ -96,7 +102,7 @@ def _load(
     pruned = _pruned_class(cls, prune)
     names = _needed(pruned, config, checkpoint.tensor_files)
     paths = checkpoint.fetch({checkpoint.tensor_files[name] for name in names})
-    with _Quiet():
+    with _frugal_loading():
         model, report = cast(Any, pruned).from_pretrained(
             None,
             config=config,
@@ -155,13 +161,22 @@ def _lazy_tensors(
     return {name: files[tensor_files[name]].get_slice(name) for name in names}
 
 
-class _Quiet:
-    """Keeps transformers' progress bar over tensors off the terminal."""
-
-    def __enter__(self) -> None:
-        self._was = hf_logging.is_progress_bar_enabled()
-        hf_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self._was:
+@contextmanager
+def _frugal_loading() -> Generator[None]:
+    """Has transformers read tensors one after another (its threads would hold all the parts of a
+    fused tensor beside it), without a progress bar, and gives freed memory back to the system."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    before = os.environ.get(_ONE_BY_ONE)
+    os.environ[_ONE_BY_ONE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONE_BY_ONE]
+        else:
+            os.environ[_ONE_BY_ONE] = before
+        if bars:
             hf_logging.enable_progress_bar()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+            libc.malloc_trim(0)

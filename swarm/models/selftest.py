@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -33,28 +32,28 @@ SEED = 7
 class ChainCache(ShellCache):
     """A session on a `ChainedSpans`: one cache per link."""
 
-    def __init__(self, links: list[SpanCache]) -> None:
+    def __init__(self, caches: list[SpanCache]) -> None:
         super().__init__()
-        self.links = links
+        self.caches = caches
 
     def crop_to(self, length: int) -> None:
-        for link in self.links:
-            link.crop(length)
+        for cache in self.caches:
+            cache.crop(length)
         self.length = length
 
 
 class ChainedSpans:
-    """A `RemoteStack` in this process: sub-spans of one span, one after another."""
+    """A `RemoteStack` in this process: parts of spans, one after another."""
 
-    def __init__(self, span: Span, cuts: Sequence[int], max_length: int = 4 * TEXT) -> None:
-        self.span = span
-        bounds = [span.blocks.start, *cuts, span.blocks.end]
-        self.blocks = [BlockRange(a, b) for a, b in pairwise(bounds)]
+    def __init__(self, links: Sequence[tuple[Span, BlockRange]], max_length: int) -> None:
+        self.links = links
         self.max_length = max_length
 
     def open(self, rows: int) -> ChainCache:
         """A new session: what to pass to the shell as `past_key_values`."""
-        return ChainCache([self.span.open_cache(b, rows, self.max_length) for b in self.blocks])
+        return ChainCache(
+            [span.open_cache(blocks, rows, self.max_length) for span, blocks in self.links]
+        )
 
     def __call__(
         self,
@@ -69,9 +68,9 @@ class ChainedSpans:
         padding = None if attention_mask is None else attention_mask[:, -tokens:]
         if past_key_values is None:
             raise UnsupportedModel("this family keeps no cache")
-        for link in past_key_values.links:
-            step = SpanStep(link, hidden, position_ids, padding, extras)
-            hidden = self.span.run([step])[0]
+        for (span, _), cache in zip(self.links, past_key_values.caches, strict=True):
+            step = SpanStep(cache, hidden, position_ids, padding, extras)
+            hidden = span.run([step])[0]
         past_key_values.length += tokens
         return hidden
 
@@ -124,7 +123,8 @@ class _Rehearsal:
         self.whole = small_model(config)
         self.count: int = text_config(self.whole.config).num_hidden_layers
         self.whole_passes = depends_on_pass(self.whole.config)
-        self.chain = ChainedSpans(self._span(), range(1, self.count))
+        self.span = self._span()
+        self.chain = ChainedSpans(self._single_blocks(), max_length=2 * TEXT)
         self.shell = copy.deepcopy(self.whole)
         make_shell(self.shell, self.chain)
         self.cache_argument = cache_argument(self.whole.forward)
@@ -137,13 +137,18 @@ class _Rehearsal:
         strip(model, blocks)
         return Span(model, blocks, SplitProof(can_batch, can_rewind=True, can_resume=can_resume))
 
+    def _single_blocks(self) -> list[tuple[Span, BlockRange]]:
+        """The finest cut: whatever one block hands to the next besides hidden states is lost."""
+        return [(self.span, BlockRange(i, i + 1)) for i in range(self.count)]
+
     def resume(self) -> bool:
         """Prefill and decode of two sessions in turn; whether prefill may come in pieces."""
         expected = self._whole(self.ids)
         self._agree("prefill", self._cut(self.ids, self.chain.open(2)), expected)
         if _close(self._in_turn((5, 2)), expected):
             return True
-        self.chain.span = self._span(can_resume=False)
+        self.span = self._span(can_resume=False)
+        self.chain.links = self._single_blocks()
         self._agree("one token after another", self._in_turn((7,)), expected)
         return False
 
@@ -162,7 +167,7 @@ class _Rehearsal:
         """On the left; and, where prefill may come in pieces, also in the middle of a session."""
         mask = torch.ones_like(self.ids)
         mask[0, :4] = 0
-        if self.chain.span.proof.can_resume:
+        if self.span.proof.can_resume:
             mask[1, 8:10] = 0
         expected = self._whole(self.ids, mask)
         pieces = (TEXT,) if self.whole_passes else (7, 4, *[1] * (TEXT - 11))
@@ -188,7 +193,7 @@ class _Rehearsal:
         if self.whole_passes or not cast(Any, self.whole)._supports_attention_backend:
             return False
         torch.manual_seed(SEED)
-        hidden = torch.randn(2, TEXT, self.chain.span.hidden_size)
+        hidden = torch.randn(2, TEXT, self.span.hidden_size)
         mask = torch.ones_like(self.ids, dtype=torch.bool)
         mask[1, :3] = False
         try:

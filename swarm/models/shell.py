@@ -6,6 +6,7 @@ hidden states, and the mask and positions as the caller gave them, to a `RemoteS
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Mapping
@@ -102,4 +103,6 @@ def make_shell(model: PreTrainedModel, remote: RemoteStack) -> None:
     returns_tuple = text_config(model.config).model_type in TUPLE_BLOCKS
     stand_in = StandIn(stack, getattr(stack, list_name)[0], remote, returns_tuple=returns_tuple)
     setattr(stack, list_name, nn.ModuleList([stand_in]))
-    cast(Any, model.config)._attn_implementation = REMOTE
+    config = copy.copy(cast(Any, stack).config)  # the model's own stays fit for other models
+    config._attn_implementation = REMOTE
+    vars(stack)["config"] = config

@@ -146,7 +146,7 @@ def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             small[name] = _shrink_rope(value)
         elif name in ("long_factor", "short_factor"):
-            small[name] = value[:half]
+            small[name] = [value[i % len(value)] for i in range(half)]
         elif name == "mrope_section":
             small[name] = [half - 2 * (half // 3), half // 3, half // 3]
         elif name == "original_max_position_embeddings":
