@@ -48,17 +48,18 @@ def test_commands_parse(words: list[str]) -> None:
         case "swarm-dht":
             dht_parser("swarm-dht").parse_args(words[1:])
         case "swarm":
-            assert words[1:3] == ["key", "new"]
+            pass  # test_subcommands_exist
         case script:
             assert (ROOT / script).stat().st_mode & 0o111
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`swarm (\w+)[ `]", README))))
-def test_subcommands_in_the_text_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
-    assert exit_.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+def test_subcommands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """`swarm key new` and its like: their own --help answers."""
+    for command in {words[1] for words in commands() if words[0] == "swarm"} | {"demo"}:
+        with pytest.raises(SystemExit) as exit_:
+            main([command, "--help"])
+        assert exit_.value.code == 0
+        assert f"usage: swarm {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES)
