@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from swarm.cli.common import Parser, add_verbose, quick_imports, start_logging
+from swarm.cli.common import INTERRUPTED, Parser, add_verbose, quick_imports, start_logging
 from swarm.errors import UsageError
 from swarm.local import LocalSwarm
 from swarm.models.demo import DEMO_MODEL, DEMO_NAME
@@ -62,8 +62,11 @@ def demo(argv: Sequence[str]) -> int:
     importing = threading.Thread(target=_import, name="swarm-import", daemon=True)
     importing.start()
     began = time.monotonic()
-    with show.starting(len(_SPANS) + 1) as on_ready:
-        swarm = LocalSwarm(spans=_SPANS, dtype="float32", on_ready=on_ready).__enter__()
+    try:
+        with show.starting(len(_SPANS) + 1) as on_ready:
+            swarm = LocalSwarm(spans=_SPANS, dtype="float32", on_ready=on_ready).__enter__()
+    except KeyboardInterrupt:  # the swarm is closed; torch must not be disturbed while it loads
+        os._exit(INTERRUPTED)
     try:
         importing.join()
         seconds = time.monotonic() - began
