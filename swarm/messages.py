@@ -208,7 +208,7 @@ class Attach(_Frozen):
 
 
 class Refused(_Frozen):
-    """Either direction's last message on a stream: why it ends. The session is freed."""
+    """A server's last message on a stream: why it ends; with a session stream its session."""
 
     kind: Literal["refused"] = "refused"
     code: Annotated[ErrorCode, Field(strict=False)]  # a string on the wire
