@@ -16,7 +16,7 @@ def test_a_host_that_says_where_it_is_is_announced() -> None:
 
 
 def test_all_interfaces_mean_the_one_towards_the_first_peer() -> None:
-    assert own_host("0.0.0.0", [LOCAL, LAN]) == "127.0.0.1"
+    assert own_host("0.0.0.0", [LOCAL, LAN]) == "127.0.0.1"  # noqa: S104
 
 
 def test_the_announced_address_comes_first_and_loopback_is_not_handed_out() -> None:
