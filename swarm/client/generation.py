@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,8 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
+from swarm.client.remote import (
+    InferenceSession,
+    RemoteBlocks,
+    RemoteCache,
+    active_session,
+    watched_blocks,
+)
 from swarm.errors import UsageError
+from swarm.models.shell import stack_of
 
 
 class DistributedMixin:
@@ -129,6 +138,28 @@ def _grown(mask: Tensor | None, length: int, like: Tensor | None = None) -> Tens
     return torch.nn.functional.pad(mask[:, :length], (0, max(0, missing)), value=1)
 
 
+def _with_hidden_states(
+    model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """As transformers gives them: what entered each block, and the last after the final norm."""
+    if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        raise UsageError(
+            "hidden states come from a forward without a cache: call the model on all ids with "
+            "use_cache=False, or step a session of model.remote_blocks[a:b]"
+        )
+    last: dict[int, Tensor] = {}  # by thread, since others may use the model, too
+    hook = stack_of(model).register_forward_hook(
+        lambda _module, _args, output: last.update({threading.get_ident(): output[0]})
+    )
+    try:
+        with watched_blocks() as states:
+            result = forward(model, *args, **kwargs)
+    finally:
+        hook.remove()
+    result.hidden_states = (*states, last[threading.get_ident()])
+    return result
+
+
 def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`base` with sessions for caches; its name is the family's own, with Distributed before."""
 
@@ -137,6 +168,10 @@ def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The family's own forward. With `use_cache=True` and no `past_key_values`, the returned
         `past_key_values` hold a session, which is closed when they are forgotten."""
+        if kwargs.get("output_attentions"):
+            raise UsageError("attention weights stay on the servers: leave output_attentions out")
+        if kwargs.pop("output_hidden_states", None):
+            return _with_hidden_states(self, base.forward, args, kwargs)
         if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = RemoteCache(self.inference_session())
         return base.forward(self, *args, **kwargs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import secrets
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ from swarm.types import BlockRange, ModelId, Numerics
 
 _active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
     "swarm_session", default=None
+)
+
+
+_watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
+    "swarm_hidden_states", default=None
 )
 
 
@@ -260,8 +266,32 @@ class RemoteBlocks(nn.Module):
         if isinstance(past_key_values, RemoteCache):
             session = past_key_values.session
             return session.step(hidden, position_ids=position_ids, padding=padding)
-        session = self.inference_session(max_length=max(1, tokens))
+        states = _watched.get()
+        if states is None:
+            return self._pass(hidden, position_ids, padding)
+        for block in range(len(self)):
+            states.append(hidden)
+            hidden = self[block]._pass(hidden, position_ids, padding)
+        return hidden
+
+    def _pass(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Through all blocks, over a session that is used once."""
+        session = self.inference_session(max_length=max(1, hidden.shape[1]))
         try:
             return session.step(hidden, position_ids=position_ids, padding=padding)
         finally:
             session.close()
+
+
+@contextmanager
+def watched_blocks() -> Generator[list[Tensor]]:
+    """Inside, what enters each block in a forward without a cache is added to the list.
+
+    Each block is then a route of its own, which takes as many round trips.
+    """
+    states: list[Tensor] = []
+    token = _watched.set(states)
+    try:
+        yield states
+    finally:
+        _watched.reset(token)

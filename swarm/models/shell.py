@@ -106,3 +106,12 @@ def make_shell(model: PreTrainedModel, remote: RemoteStack) -> None:
     config = copy.copy(cast(Any, stack).config)  # the model's own stays fit for other models
     config._attn_implementation = REMOTE
     vars(stack)["config"] = config
+
+
+def stack_of(shell: PreTrainedModel) -> nn.Module:
+    """The module whose blocks `make_shell` replaced."""
+    for owner in shell.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList) and isinstance(next(iter(child), None), StandIn):
+                return owner
+    raise AssertionError("not a shell")

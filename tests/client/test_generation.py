@@ -183,6 +183,19 @@ def test_slices_of_the_blocks_show_hidden_states(llama: Pair) -> None:
     assert torch.allclose(torch.cat(pieces, dim=1), llama.blocks[1:4](hidden), atol=1e-4)
 
 
+def test_hidden_states_of_every_block(llama: Pair) -> None:
+    with torch.no_grad():
+        expected = llama.local(prompt(), output_hidden_states=True).hidden_states
+        got = llama.model(prompt(), output_hidden_states=True).hidden_states
+        assert len(got) == len(expected) == LAYERS + 1
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.allclose(mine, theirs, atol=1e-4)
+        with pytest.raises(UsageError, match="remote_blocks"):
+            llama.model.generate(
+                prompt(), output_hidden_states=True, return_dict_in_generate=True, **GREEDY
+            )
+
+
 def test_streamers_see_every_token(llama: Pair) -> None:
     class Collector:
         def __init__(self) -> None:
