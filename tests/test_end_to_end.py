@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,7 +84,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[None]:
+def serving(*arguments: str) -> Generator[None]:
     """`swarm-server`, ready, until the block ends."""
     command = [sys.executable, "-m", "swarm", "server", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
