@@ -149,13 +149,13 @@ class Handler:
             yield
         except RemoteProtocolError as error:
             self.counters.refusals += 1
-            logger.warning("refused a stream: %s", error)
+            logger.warning("refused a stream: %s", str(error))  # its traceback holds a cache
             with suppress(PeerUnavailable, TimeoutError):
                 async with asyncio.timeout(self._limits.send_timeout):
                     await stream.send(encode(_refusal(error)))
                     await stream.finish()
         except PeerUnavailable as error:
-            logger.info("a stream broke: %s", error)
+            logger.info("a stream broke: %s", str(error))
 
     async def _first(self, stream: Stream) -> Message:
         try:
