@@ -15,7 +15,7 @@ from swarm.models.families import text_config
 HEAD = 16
 HEADS = 4
 HIDDEN = HEAD * HEADS
-VOCAB = 128
+VOCAB = 120
 WINDOW = 6
 MIN_LAYERS = 4
 MAX_LAYERS = 16
@@ -50,7 +50,7 @@ _NAMES: dict[int, str] = {
     512: "max_position_embeddings",
     97: "ngram_vocab_size_base",
     3: "attn_layer_period",
-    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group",
+    2: "num_experts_per_tok num_experts_per_token moe_topk moe_k n_group num_expert_group",
     1: "first_k_dense_replace topk_group attn_layer_offset",
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()}
@@ -70,19 +70,21 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     fields = text.to_dict()
     count: int = text.num_hidden_layers
     chosen = _choose_layers(fields, count)
-    small = {
-        name: _shrink_field(name, value, chosen, count)
-        for name, value in fields.items()
-        if name not in ("transformers_version", "architectures", "model_type", "_name_or_path")
-    }
-    for name in ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads"):
+    for name in ("transformers_version", "architectures", "model_type", "_name_or_path"):
+        fields.pop(name, None)
+    return type(text)(**_shrink_fields(fields, chosen, count))
+
+
+def _shrink_fields(fields: dict[str, Any], chosen: list[int], count: int) -> dict[str, Any]:
+    small = {name: _shrink_field(name, value, chosen, count) for name, value in fields.items()}
+    for name in ("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads"):
         if isinstance(small.get(name), int):
             heads = fields.get("num_attention_heads") or fields.get("n_head") or small[name]
             small[name] = max(1, HEADS * small[name] // heads)
     for name in _NAMES[2].split():
         if isinstance(fields.get(name), int):
             small[name] = min(2, fields[name])
-    return type(text)(**small)
+    return small
 
 
 def _choose_layers(fields: dict[str, Any], count: int) -> list[int]:
@@ -131,11 +133,11 @@ def _shrink_dict(name: str, value: dict[Any, Any], chosen: list[int]) -> dict[An
         return _shrink_rope(value)
     if name == "per_layer_config":
         return {
-            chosen.index(int(i)): {k: _shrink_field(k, v, [], -1) for k, v in own.items()}
+            chosen.index(int(i)): _shrink_fields(own, [], -1)
             for i, own in value.items()
             if int(i) in chosen
         }
-    return value
+    return _shrink_fields(value, [], -1) if name.endswith("_config") else value
 
 
 def _shrink_rope(rope: dict[str, Any]) -> dict[str, Any]:

@@ -50,13 +50,11 @@ def chain_logits(checkpoint: Checkpoint, family: str, dtype: torch.dtype) -> Ten
     return logits(shell, text(2, 12), past_key_values=chain.open(2), use_cache=True)
 
 
-@pytest.mark.parametrize("shard", ["1GB", "40KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_spans_and_shell_from_a_checkpoint_equal_the_model(
-    family: str, shard: str, tmp_path: Path
-) -> None:
+def test_spans_and_shell_from_a_checkpoint_equal_the_model(family: str, tmp_path: Path) -> None:
     model = tiny_model(family)
-    model.save_pretrained(tmp_path, max_shard_size=shard)
+    shards = FAMILIES.index(family) % 2  # every other family lies in one file
+    model.save_pretrained(tmp_path, max_shard_size="40KB" if shards else "1GB")
     got = chain_logits(Checkpoint.open(tmp_path), family, torch.float32)
     assert (got - logits(model, text(2, 12))).abs().max() <= TOLERANCE
 
