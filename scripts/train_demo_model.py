@@ -41,12 +41,12 @@ class Log:
 
 @dataclass(frozen=True)
 class Plan:
-    """The run: shares of the budget at which blocks double, windows lengthen, the rate falls."""
+    """The run: shares of the budget at which blocks are added, windows grow, the rate falls."""
 
     minutes: float
     batch_tokens: int = 4096
-    depths: tuple[tuple[float, int], ...] = ((0.0, 6), (0.6, 12), (0.84, 24))
-    windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.9, 1024))
+    depths: tuple[tuple[float, int], ...] = ((0.0, 6), (0.85, 24))
+    windows: tuple[tuple[float, int], ...] = ((0.0, 256), (0.73, 1024))
     warmup: float = 0.01
     decay_from: float = 0.5
     rates: Rates = field(default_factory=Rates)
@@ -229,14 +229,18 @@ def export(net: Net, tokenizer: Tokenizer, folder: Path) -> None:
 
 def write_training(folder: Path, plan: Plan, log: Log) -> None:
     """Leave in metrics.json what only the run knows; evaluate() adds the rest."""
-    stages = [f"{blocks} blocks from {start:.0%}" for start, blocks in plan.depths]
+
+    def stages(stages: tuple[tuple[float, int], ...]) -> str:
+        return ", then ".join(f"{value} (from {start:.0%} of the time)" for start, value in stages)
+
     training = {
         "steps": log.steps,
         "tokens": log.tokens,
         "wall_minutes": plan.minutes,
         "cpu_minutes": round(log.cpu_seconds / 60, 1),
         "batch_tokens": plan.batch_tokens,
-        "depths": ", ".join(stages),
+        "blocks": stages(plan.depths),
+        "windows": stages(plan.windows),
         "seed": plan.seed,
     }
     text = json.dumps({"training": training}, indent=2) + "\n"
