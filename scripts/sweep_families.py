@@ -49,9 +49,9 @@ HEAD = """\
 Made by `scripts/sweep_families.py` with transformers {version}: the self-test that every server
 runs at start (`swarm/models/selftest.py`), on a tiny random model of each of the {count} types that
 `AutoModelForCausalLM` knows, shrunk from the type's default config. "agree" means that the model,
-cut after every single block, gives the logits of the whole one within 1e-4 in float32: prefill,
-prefill in pieces, one token at a time, with padding, and after going back. What does not agree is
-refused at start with a sentence. {counts}.
+cut after every single block, gives the logits that the whole one gives in the same passes, within
+1e-4 in float32: prefill, prefill in pieces, one token at a time, with padding, and after going
+back. What does not agree is refused at start with a sentence. {counts}.
 
 * **shares passes**: tokens of several sessions go through one forward. Others run in turn.
 * **rewinds**: caches can go back to any length. Others can only start over, so a client replays.

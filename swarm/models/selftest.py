@@ -167,7 +167,8 @@ class _Rehearsal:
 
     def rewind(self) -> bool:
         cache = self.chain.open(2)
-        self._passes(self.shell, cache, self.ids, (TEXT,))
+        first = (5, TEXT - 5) if self.span.proof.can_resume else (TEXT,)
+        self._passes(self.shell, cache, self.ids, first)
         try:
             cache.crop_to(5)
         except CannotRewind:

@@ -145,7 +145,8 @@ def _is_clients(child: nn.Module) -> bool:
 class Span:
     """Blocks that a server holds. Not thread-safe: one thread owns the device.
 
-    `model` was stripped to `blocks`.
+    `model` was stripped to `blocks`. Where `takes_whole_steps`, frequencies follow the longest
+    position of a forward: a step must not be cut into slices, nor replayed in other pieces.
     """
 
     def __init__(self, model: PreTrainedModel, blocks: BlockRange, proof: SplitProof) -> None:
@@ -163,7 +164,7 @@ class Span:
         self._accepted = frozenset(inspect.signature(self._stack.forward).parameters)
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
-        self._keeps_frequencies = depends_on_pass(self.config)
+        self.takes_whole_steps = depends_on_pass(self.config)
 
     def open_cache(self, blocks: BlockRange, batch_size: int, max_length: int) -> SpanCache:
         """An empty cache for one session. Raises RemoteProtocolError (BAD_SPAN)."""
@@ -211,7 +212,7 @@ class Span:
     def _run_alone(self, step: SpanStep) -> Tensor:
         cache, tokens = step.cache, step.hidden.shape[1]
         mask = cache.whole_mask(step.padding, tokens)
-        if self._keeps_frequencies:
+        if self.takes_whole_steps:
             _reset_ropes(self._stack)
         seen = mask
         if mask is not None and self._cache_argument == "cache_params":

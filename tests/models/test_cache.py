@@ -24,6 +24,7 @@ def llama_cache(rows: int = 1, max_length: int = 256) -> SpanCache:
     return SpanCache(PLAN, BLOCKS, batch_size=rows, max_length=max_length, device=device)
 
 
+@torch.inference_mode()
 def put(cache: SpanCache, tokens: int) -> torch.Tensor:
     """One pass's keys into every block; returns what the first block then shows."""
     new = torch.randn(cache.batch_size, 2, tokens, 4)
