@@ -323,14 +323,15 @@ class RemoteSession:
             for reached in self.hops[: index + 1] if self._flowing else [hop]:
                 reached.position = max(reached.position, end)
                 reached.last_step = max(reached.last_step, output.step)
-            if self._flowing and following is not None and not output.pushed and not self._trouble:
+            pushed = output.pushed and hop.pushes_to is not None
+            if self._flowing and following is not None and not pushed and not self._trouble:
                 following.send(step.model_copy(update={"hidden": output.hidden}))
         seconds = output.compute_ms / 1e3
         self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks))
         self._event.set()
 
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
-        if message.epoch == self._epoch:  # else it was to somebody whom we have left
+        if message.epoch == self._epoch and hop.pushes_to is not None:  # else we have left them
             hop.cannot_push_to = hop.pushes_to
             self._interrupt(f"{hop} cannot push: {message.message}")
 

@@ -22,7 +22,7 @@ class House:
 
     def __init__(self, family: str = "llama", spans: Sequence[tuple[int, int]] = THIRDS * 2):
         self.model = tiny_model(family)
-        self.whole = span_of(self.model, 0, LAYERS)
+        self.whole = self.local()
         self.swarm = InProcessSwarm()
         self.servers = [self.add(*ends) for ends in spans]
 
@@ -33,6 +33,10 @@ class House:
         options.setdefault("timeouts", STEADY)
         blocks = self.swarm.blocks(self.whole, WHOLE, **options)
         return Twin(self, blocks, batch, max_length)
+
+    def local(self) -> Span:
+        """All blocks once more, for another thread."""
+        return span_of(self.model, 0, LAYERS)
 
     def __enter__(self) -> House:
         return self
