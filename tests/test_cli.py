@@ -24,7 +24,7 @@ from swarm.identity import Identity, SwarmKey
 from swarm.types import BlockRange, ModelId
 from tests.hub import serve
 
-NOBODY = f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.ephemeral().peer_id}"
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmeL3fLd2dbKVM8wVZUdbHAugA6Co1NJf7nNMZ1AXidP5g"
 LOCAL = ["--host", "127.0.0.1"]
 
 
