@@ -74,9 +74,9 @@ class FakeRouter:
     async def refresh(self) -> None:
         self.refreshed += 1
 
-    def failed(self, peer_id: str, error: SwarmError) -> None:
-        self.failures.append((peer_id, error))
-        self.banned.add(peer_id)
+    def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
+        self.failures.append((endpoint.peer_id, error))
+        self.banned.add(endpoint.peer_id)
 
     def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
         pass
@@ -191,10 +191,16 @@ class InProcessSwarm:
         client: int = 99,
     ) -> RemoteBlocks:
         """A client's view of the swarm."""
+        terms = Terms(
+            model=MODEL,
+            numerics=Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
+            hidden_size=span.hidden_size,
+            batch_size=1,
+            max_length=1,
+            whole_steps=span.takes_whole_steps,
+        )
         connection = Connection(
-            MODEL,
-            Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
-            span.hidden_size,
+            terms,
             self.router,
             self.network.transport(f"client {client}"),
             Access(identity(client), key or self.key),

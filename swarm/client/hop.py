@@ -39,13 +39,18 @@ _MAX_WINDOW = 32  # steps that we keep until they are answered, whatever a serve
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What every hop of a session is opened with; `max_length` is in positions."""
+    """What every hop of a session is opened with; `max_length` is in positions.
+
+    `whole_steps`: the model's numbers depend on how a text was cut (`depends_on_pass`), so that
+    replays must cut it as before.
+    """
 
     model: ModelId
     numerics: Numerics
     hidden_size: int
     batch_size: int
     max_length: int
+    whole_steps: bool = False
     trace_id: str = ""
 
 

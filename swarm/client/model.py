@@ -15,13 +15,14 @@ from transformers import (
 )
 
 from swarm.client.generation import distributed_class
+from swarm.client.hop import Terms
 from swarm.client.network import SwarmNetwork
 from swarm.client.remote import Connection, RemoteBlocks
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
 from swarm.identity import SwarmKey
 from swarm.models.checkpoint import Checkpoint
-from swarm.models.families import text_config
+from swarm.models.families import depends_on_pass, text_config
 from swarm.models.loading import load_shell
 from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES
 from swarm.types import BlockRange, DType, ModelId
@@ -62,15 +63,15 @@ class AutoDistributedModel:
         network = SwarmNetwork.connect(initial_peers, swarm_key)
         router = network.router(model_id, sizes.num_hidden_layers, config.timeouts)
         numerics = network.numerics(router, _dtype_name(dtype))
-        connection = Connection(
-            model_id,
-            numerics,
-            sizes.hidden_size,
-            router,
-            network.transport,
-            network.access,
-            config,
+        terms = Terms(
+            model=model_id,
+            numerics=numerics,
+            hidden_size=sizes.hidden_size,
+            batch_size=1,
+            max_length=1,
+            whole_steps=depends_on_pass(checkpoint.config),
         )
+        connection = Connection(terms, router, network.transport, network.access, config)
         blocks = RemoteBlocks(connection, BlockRange(0, sizes.num_hidden_layers))
         model = load_shell(
             checkpoint,

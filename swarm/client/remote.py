@@ -7,6 +7,7 @@ import secrets
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from swarm.identity import Access
 from swarm.loop import BackgroundLoop
 from swarm.models.shell import ShellCache
 from swarm.transport import Transport
-from swarm.types import BlockRange, ModelId, Numerics
+from swarm.types import BlockRange
 
 _active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
     "swarm_session", default=None
@@ -33,33 +34,23 @@ _watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Connection:
-    """What all sessions of one model share; `router`'s methods are called on `loop` only."""
+    """What all sessions of one model share; `router`'s methods are called on the loop only."""
 
-    def __init__(
-        self,
-        model: ModelId,
-        numerics: Numerics,
-        hidden_size: int,
-        router: Router,
-        transport: Transport,
-        access: Access,
-        config: ClientConfig,
-    ) -> None:
-        self.model = model
-        self.numerics = numerics
-        self.hidden_size = hidden_size
-        self.router = router
-        self.transport = transport
-        self.access = access
-        self.config = config
-        self.loop = BackgroundLoop.shared()
+    terms: Terms  # of a session with one row and one position
+    router: Router
+    transport: Transport
+    access: Access
+    config: ClientConfig
+
+    @property
+    def loop(self) -> BackgroundLoop:
+        return BackgroundLoop.shared()
 
     def open(self, blocks: BlockRange, batch_size: int, max_length: int) -> RemoteSession:
-        terms = Terms(
-            model=self.model,
-            numerics=self.numerics,
-            hidden_size=self.hidden_size,
+        terms = replace(
+            self.terms,
             batch_size=batch_size,
             max_length=max_length,
             trace_id=secrets.token_hex(8),
@@ -81,6 +72,7 @@ class InferenceSession:
         self.max_length = max_length
         self.output_ids: Tensor | None = None
         self.attention_mask: Tensor | None = None  # of output_ids; None: no padding
+        self.doubtful_from: int | None = None  # since a generate broke off, servers hold its tokens
         self._connection = connection
         self._remote: RemoteSession | None = None
         self._tokens: list[contextvars.Token[InferenceSession | None]] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -39,6 +40,7 @@ from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
 from swarm.tensors import TORCH_DTYPES, from_frame, to_frame
 from swarm.transport import Transport
 from swarm.types import BlockRange
+from swarm.wire import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class RemoteSession:
         self._sent: dict[int, Sent] = {}  # by number, oldest first
         self._histories: dict[int, History] = {blocks.start: History()}
         self._inputs = InputHistory(terms.batch_size)
+        self._starts: list[int] = []  # of all steps, where replays must cut as they did
         self._reorder: tuple[int, ...] | None = None
         self._pending: Pending | None = None
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
@@ -154,6 +157,9 @@ class RemoteSession:
         dtype = TORCH_DTYPES[self._terms.numerics.dtype]
         self._histories[self.blocks.start].append(start, hidden.detach().to("cpu", dtype))
         self._inputs.append(start, hidden.shape[1], inputs)
+        if self._terms.whole_steps:
+            del self._starts[bisect_left(self._starts, start) :]
+            self._starts.append(start)
         self._pending = Pending(start, end, self._reorder, next(self._numbers))
         self._reorder = None
 
@@ -256,7 +262,14 @@ class RemoteSession:
 
     def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
         most = min(hop.max_step_tokens for hop in hops)
-        return chunks_of(begin, end, self._terms, most, self._config.chunk_bytes)
+        if not self._terms.whole_steps:
+            return chunks_of(begin, end, self._terms, most, self._config.chunk_bytes)
+        starts = self._starts[bisect_right(self._starts, begin) : bisect_left(self._starts, end)]
+        return [
+            chunk
+            for low, high in itertools.pairwise([begin, *starts, end])
+            for chunk in chunks_of(low, high, self._terms, most, MAX_FRAME_BYTES // 2)
+        ]
 
     def _borders(self, pending: Pending) -> list[History]:
         """For every hop, where its outputs are kept."""

@@ -83,7 +83,8 @@ class Executor:
     def _add(self, work: Work) -> None:
         self._works[work.key] = work
         rows, tokens = work.hidden.shape[:2]
-        self._scheduler.add(Waiting(work.key, work.client, rows, tokens))
+        whole = self.backend.span.takes_whole_steps
+        self._scheduler.add(Waiting(work.key, work.client, rows, tokens, whole))
 
     def _drop(self, key: int) -> None:
         self._scheduler.drop(key)

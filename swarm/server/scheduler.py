@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A step in the queue: `rows` x `tokens` positions for one session of one client."""
+    """A step in the queue: `rows` x `tokens` positions for one session of one client.
+
+    A `whole` one is never cut, since its numbers depend on what it is computed with.
+    """
 
     key: int
     client: str
     rows: int
     tokens: int
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,8 @@ class Scheduler:
             if budget < step.rows and client != first:
                 break
             begin = self._done.get(step.key, 0)
-            end = min(step.tokens, begin + max(1, budget // step.rows))
+            width = step.tokens if step.whole else max(1, budget // step.rows)
+            end = min(step.tokens, begin + width)
             piece = Slice(step.key, begin, end, last=end == step.tokens)
             slices.append(piece)
             budget -= (end - begin) * step.rows

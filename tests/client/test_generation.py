@@ -24,8 +24,14 @@ GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_i
 class Pair:
     """A local model, and the same model through three servers with random cuts."""
 
-    def __init__(self, family: str, seed: int) -> None:
+    def __init__(self, family: str, seed: int, **rope: Any) -> None:
         self.local: Any = tiny_model(family, seed)
+        if rope:
+            weights = self.local.state_dict()
+            self.local.config.rope_parameters |= rope
+            self.local.config.max_position_embeddings = 16
+            self.local = type(self.local)(self.local.config).eval()
+            self.local.load_state_dict(weights)
         self.local.generation_config.eos_token_id = None
         self.swarm = InProcessSwarm()
         one, two = sorted(random.Random(seed).sample(range(1, LAYERS), 2))
@@ -96,6 +102,22 @@ def test_every_family_at_random_cuts(family: str) -> None:
             expected = pair.local(ids, attention_mask=mask).logits[mask.bool()]
             got = pair.model(ids, attention_mask=mask).logits[mask.bool()]
     assert torch.allclose(got, expected, atol=1e-4)
+
+
+def test_frequencies_that_follow_the_length_survive_a_replay() -> None:
+    """Dynamic NTK: numbers depend on how a text was cut, so a replay must cut it as before."""
+    pair = Pair("llama", seed=2, rope_type="dynamic", factor=4.0)
+    with pair.swarm:
+        ids = prompt(tokens=20)
+        spare = span_of(pair.local, 0, LAYERS)
+        expected = pair.local.generate(ids, **GREEDY | {"max_new_tokens": 30})
+        with pair.model.inference_session(max_length=64) as session:
+            first = pair.model.generate(ids, **GREEDY | {"max_new_tokens": 15})
+            pair.swarm.add(spare)
+            pair.swarm.cut(pair.swarm.serving(session, 2))
+            rest = pair.model.generate(None, **GREEDY | {"max_new_tokens": 15})
+            assert session.recoveries == 1
+    assert torch.cat([first, rest], dim=1).tolist() == expected.tolist()
 
 
 def test_assistant_model(llama: Pair) -> None:
@@ -169,7 +191,7 @@ def test_logits_and_a_loop_by_hand(llama: Pair) -> None:
 
 
 def test_slices_of_the_blocks_show_hidden_states(llama: Pair) -> None:
-    hidden = torch.randn(2, 5, llama.blocks.connection.hidden_size)
+    hidden = torch.randn(2, 5, llama.blocks.connection.terms.hidden_size)
     whole = llama.blocks(hidden)
     halves = llama.blocks[2:](llama.blocks[:2](hidden))
     assert torch.allclose(whole, halves, atol=1e-4)

@@ -213,6 +213,8 @@ def test_a_late_complaint_about_a_dead_server_does_not_end_pushing(house: House)
         house.swarm.on_loop(network.thaw, dead.endpoint)
         assert trap.sprung
         assert twin.session.recoveries == 1
+        twin.kill(2)  # now all are told again whom to push to
+        twin.step()
         relayed = twin.serving(1).handler.counters.steps_from_clients
         for _ in range(3):
             twin.step()
@@ -449,9 +451,9 @@ def test_what_servers_would_refuse_is_refused_at_home(
 
 def test_histories_have_a_budget(house: House) -> None:
     with house.twin() as twin:
-        twin.session._connection.config = replace(
-            twin.session._connection.config, history_bytes=3 * 64 * 48 * 4
-        )
+        connection = twin.session._connection
+        config = replace(connection.config, history_bytes=3 * 64 * 48 * 4)
+        twin.session._connection = replace(connection, config=config)
         twin.step(60)
         twin.step(60)
         with pytest.raises(UsageError, match="history_bytes"):
@@ -530,17 +532,17 @@ def test_redirects_are_known_before_the_next_step(house: House) -> None:
     """However slow the way to the hop in front of a gap is, it pushes to the right server."""
     with house.twin() as twin:
         twin.step(5)
-        first = twin.serving(0)
+        before = twin.serving(1)
 
         async def slow_redirect(s: str, destination: str, m: str, frame: bytes) -> Fate:
-            if destination == first.peer_id and isinstance(decode(frame), Redirect):
+            if destination == before.peer_id and isinstance(decode(frame), Redirect):
                 await asyncio.sleep(0.2)
             return Fate.DELIVER
 
         house.swarm.network.before_frame = slow_redirect
-        twin.kill(1)
+        twin.kill(2)
         twin.step()
-        replacement = twin.serving(1).handler.counters.steps_from_clients
+        refilled = twin.serving(2).handler.counters.steps_from_clients
         twin.step()
-        assert twin.serving(1).handler.counters.steps_from_clients == replacement
+        assert twin.serving(2).handler.counters.steps_from_clients == refilled
         assert twin.session.recoveries == 1
