@@ -6,7 +6,8 @@ import asyncio
 import atexit
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -25,6 +26,25 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on the fastest loop there is. Ctrl-C cancels `main`."""
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main)
+
+
+async def in_thread(function: Callable[[], T]) -> T:
+    """Run it in a thread that does not keep the process alive if nobody waits any more."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  # carried to whoever waits
+            settle, value = future.set_exception, error
+        else:
+            settle, value = future.set_result, result
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(lambda: future.done() or settle(cast(Any, value)))
+
+    threading.Thread(target=run, name="swarm-work", daemon=True).start()
+    return await future
 
 
 class BackgroundLoop:

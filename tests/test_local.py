@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm import LocalSwarm
 from swarm.cli import main
+from swarm.client.network import SwarmNetwork
+from swarm.client.remote import InferenceSession
 from swarm.errors import UsageError
 from swarm.identity import SwarmKey
+from swarm.models.demo import DEMO_MODEL
 
 KEY = SwarmKey.generate()
 
@@ -62,6 +71,96 @@ def test_without_the_key_nobody_sees_anything(
     assert out == ""
     assert err.count("\n") == 1
     assert "check the swarm key" in err
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} "
+    "{% else %}A {{ m.content | upper }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A{% endif %}"
+)  # earlier answers are rewritten, as templates do that drop a model's thoughts
+
+
+@dataclass
+class Chat:
+    """What is typed, how many positions each step sent, and where Ctrl-C is pressed."""
+
+    lines: list[str]
+    interrupt_at: int = 0  # a step's number
+    sent: list[int] = field(default_factory=list)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        step = InferenceSession.step
+
+        def spied(session: InferenceSession, hidden: torch.Tensor, **inputs: Any) -> torch.Tensor:
+            self.sent.append(hidden.shape[1])
+            if len(self.sent) == self.interrupt_at:
+                raise KeyboardInterrupt
+            return step(session, hidden, **inputs)
+
+        def typed(prompt: str) -> str:
+            if not self.lines:
+                raise EOFError
+            return self.lines.pop(0)
+
+        monkeypatch.setattr(InferenceSession, "step", spied)
+        monkeypatch.setattr("builtins.input", typed)
+
+
+@pytest.mark.parametrize(("template", "interrupt_at"), [(False, 0), (False, 3), (True, 0)])
+def test_chat_sends_only_what_is_new(
+    swarm: LocalSwarm,
+    template: bool,
+    interrupt_at: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "swarm-demo"
+    shutil.copytree(DEMO_MODEL, model, copy_function=os.symlink)
+    if template:
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    local: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lines = ["And God said", "and it was"]
+    messages: list[dict[str, str]] = []
+    ids, sent, answers = torch.empty(1, 0, dtype=torch.long), [], []
+    for number, line in enumerate(lines):
+        count = interrupt_at - 1 if interrupt_at and not number else 6
+        known = ids
+        if template:
+            messages.append({"role": "user", "content": line})
+            ids = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).input_ids
+        else:
+            ids = torch.cat(
+                [
+                    ids,
+                    tokenizer(line, return_tensors="pt", add_special_tokens=not number).input_ids,
+                ],
+                1,
+            )
+        length = min(known.shape[1], ids.shape[1])
+        same = int((known[0, :length] == ids[0, :length]).long().cumprod(0).sum())
+        sent.append(ids.shape[1] - min(same, max(0, known.shape[1] - 1)))
+        prompt = ids.shape[1]
+        ids = local.generate(ids, do_sample=False, max_new_tokens=count)
+        answers.append(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+
+    chat = Chat(lines, interrupt_at)
+    chat.install(monkeypatch)
+    monkeypatch.setenv("SWARM_PEERS", swarm.peers[0])
+    monkeypatch.setenv("SWARM_KEY", KEY.text())
+    assert main(["chat", str(model), "--tokens", "6", "--temperature", "0"]) == 0
+    SwarmNetwork.leave_all()
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith(" ".join(" ".join(answers).split()))
+    steps = [count for count in chat.sent if count > 1]
+    if interrupt_at:  # what was said is in doubt, and so the whole text is sent once more
+        assert len(steps) == 2
+    else:
+        assert steps == sent
 
 
 def test_servers_come_freeze_and_go(swarm: LocalSwarm) -> None:

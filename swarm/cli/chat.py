@@ -73,18 +73,31 @@ class _Conversation:
     def __init__(self, model: Any, tokenizer: Any, arguments: Any) -> None:
         from transformers import TextStreamer
 
+        self._heard = heard = list[int]()
+
+        class Screen(TextStreamer):
+            """Shows an answer as it comes, and remembers its ids in case it is interrupted."""
+
+            def put(self, value: Any) -> None:
+                if not self.next_tokens_are_prompt:
+                    heard.extend(value.tolist())
+                super().put(value)
+
+        self._screen = Screen(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._model, self._tokenizer = model, tokenizer
         self._messages: list[dict[str, str]] = []
         self._options: dict[str, Any] = {
             "max_new_tokens": arguments.tokens,
             "do_sample": arguments.temperature > 0,
-            "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            "streamer": self._screen,
         }
         if arguments.temperature > 0:
             self._options["temperature"] = arguments.temperature
 
     def turn(self, session: Any) -> bool:
         """One line and its answer; False when the conversation is over."""
+        import torch
+
         try:
             line = input("> ")
         except (EOFError, KeyboardInterrupt):
@@ -93,12 +106,13 @@ class _Conversation:
         if not line.strip():
             return True
         ids = self._ids(line, session)
+        self._heard.clear()
         try:
-            output = self._model.generate(ids, session=session, **self._options)
+            self._model.generate(ids, session=session, **self._options)
         except KeyboardInterrupt:
-            print(" ...")
-            return True
-        answer = self._tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            self._screen.end()
+            session.output_ids = torch.cat([ids, torch.tensor([self._heard], dtype=ids.dtype)], 1)
+        answer = self._tokenizer.decode(self._heard, skip_special_tokens=True)
         self._messages.append({"role": "assistant", "content": answer})
         return True
 

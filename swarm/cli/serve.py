@@ -92,7 +92,8 @@ def _add_server_choices(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="to compute in (default: as the swarm does, else as the weights are stored)",
+        help="to compute in; auto (the default) takes what others in the swarm compute in, else "
+        "float32 on a CPU, and elsewhere what the weights are stored in",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(

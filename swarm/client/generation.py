@@ -54,7 +54,10 @@ class GeneratingMixin(DistributedMixin):
         if session is None:
             return self._generate_once(inputs, args, kwargs)
         text, mask, old = _whole_text(session, inputs, kwargs.pop("attention_mask", None))
-        session.rollback(min(session.position, text.shape[1] - 1))
+        sure = session.position if session.doubtful_from is None else session.doubtful_from
+        session.rollback(min(session.position, sure, text.shape[1] - 1))
+        # Until it returns, nobody knows which tokens the servers hold behind those known before.
+        session.doubtful_from = 0 if session.output_ids is None else session.output_ids.shape[1]
         result = super().generate(  # pyright: ignore
             text,
             *args,
@@ -62,6 +65,7 @@ class GeneratingMixin(DistributedMixin):
             past_key_values=RemoteCache(session),
             **kwargs,
         )
+        session.doubtful_from = None
         sequences = cast(Tensor, result["sequences"] if isinstance(result, ModelOutput) else result)
         session.output_ids = sequences
         session.attention_mask = _grown(mask, sequences.shape[1])

@@ -32,6 +32,7 @@ from swarm.identity import Access, Identity, SwarmKey, opening_transcript
 from swarm.loop import BackgroundLoop
 from swarm.messages import Info, InfoRequest, Refused
 from swarm.rpc import RpcTransport
+from swarm.transport import Endpoint
 from swarm.types import BlockRange, DType, ModelId, Numerics
 from swarm.wire import decode, encode
 
@@ -63,6 +64,8 @@ class ModelRouter:
 
     def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
         """Raises NoRoute, which names the blocks that are missing."""
+        for record in (server.record for server in self.view.servers):
+            self._book.seen(record.peer_id, record.certificate_digest)
         hops = find_route(
             self.view.servers,
             Request(
@@ -95,9 +98,9 @@ class ModelRouter:
             await asyncio.sleep(_LOOK_EVERY)
             await self.refresh()
 
-    def failed(self, peer_id: str, error: SwarmError) -> None:
-        logger.info("%s failed: %s", peer_id, error)
-        self._book.failed(peer_id, time.monotonic())
+    def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
+        logger.info("%s failed: %s", endpoint.peer_id, error)
+        self._book.failed(endpoint.peer_id, time.monotonic(), endpoint.certificate_digest)
 
     def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
         self._book.worked(peer_id, tokens, seconds, blocks)

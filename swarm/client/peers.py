@@ -25,6 +25,7 @@ class _Peer:
     block_seconds: float | None = None
     failures: int = 0
     banned_until: float = float("-inf")
+    failed_with: bytes = b""  # the certificate that it had then
 
 
 class PeerBook:
@@ -34,9 +35,10 @@ class PeerBook:
         self._rng = rng
         self._peers: dict[str, _Peer] = {}
 
-    def failed(self, peer_id: str, now: float) -> None:
+    def failed(self, peer_id: str, now: float, certificate: bytes = b"") -> None:
         """Ban a peer: 1 s at first, twice as long each time, at most five minutes (+- 25 %)."""
         peer = self._touch(peer_id)
+        peer.failed_with = certificate
         ban = min(_LONGEST_BAN, _FIRST_BAN * 2.0 ** min(peer.failures, 30))
         peer.failures += 1
         peer.banned_until = now + ban * (1 + _JITTER * (2 * self._rng.random() - 1))
@@ -48,6 +50,13 @@ class PeerBook:
         peer.banned_until = float("-inf")
         if blocks and 0 < tokens <= _DECODE_TOKENS:
             peer.block_seconds = _smoothed(peer.block_seconds, seconds / blocks)
+
+    def seen(self, peer_id: str, certificate: bytes) -> None:
+        """A peer with another certificate than it failed with was started anew: try it at once."""
+        peer = self._peers.get(peer_id)
+        if peer is not None and peer.failures and peer.failed_with != certificate:
+            peer.failures = 0
+            peer.banned_until = float("-inf")
 
     def measured(self, peer_id: str, rtt: float) -> None:
         """A question was answered after `rtt` seconds."""

@@ -12,7 +12,7 @@ from swarm.dht.records import SignedRecord
 from swarm.errors import ErrorCode, RemoteProtocolError, SessionClosed, SwarmError
 from swarm.identity import Access
 from swarm.messages import PushTarget
-from swarm.transport import Transport
+from swarm.transport import Endpoint, Transport
 from swarm.types import BlockRange
 
 # Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
@@ -30,7 +30,7 @@ class Router(Protocol):
         """Look into the swarm again."""
         ...
 
-    def failed(self, peer_id: str, error: SwarmError) -> None: ...
+    def failed(self, endpoint: Endpoint, error: SwarmError) -> None: ...
 
     def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
         """`tokens` positions of all rows went through so many blocks in so many seconds."""
@@ -131,5 +131,5 @@ class Route:
             isinstance(failure, RemoteProtocolError) and failure.code in _INNOCENT
         )
         if failure is not None and not innocent and not hop.blamed:
-            self._router.failed(hop.peer_id, failure)
+            self._router.failed(hop.endpoint, failure)
         hop.blamed = True

@@ -237,11 +237,14 @@ class DhtNode:
         request = messages.PingRequest(peer=protocol.node_info, validate=False)
         try:
             answer = await protocol.get_stub(peer).rpc_ping(request, timeout=_RPC_SECONDS)
+        except P2PHandlerError:  # it failed over our question: so hivemind's servers refuse
+            logger.info("peer %s does not let us in: its swarm has another key", peer)
+            return None
         except (*_FAILURES, TimeoutError) as error:
             logger.info("peer %s does not answer: %s", peer, error or "timeout")
             return None
         if answer is None or len(answer.peer.node_id) != DHTID.HASH_NBYTES:
-            logger.info("peer %s does not prove the swarm key, or is a client", peer)
+            logger.info("peer %s does not hold our swarm key, or is a client", peer)
             return None
         await protocol.update_routing_table(DHTID.from_bytes(answer.peer.node_id), peer)
         offset = answer.dht_time - (asked + time.time()) / 2

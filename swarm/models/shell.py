@@ -43,9 +43,10 @@ class RemoteStack(Protocol):
 class ShellCache(Cache):
     """What `generate` takes for a cache while the real ones are on servers: only a length."""
 
+    length = 0  # not set in __init__: in subclasses it may be somebody else's
+
     def __init__(self) -> None:
         super().__init__(layers=[])
-        self.length = 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from pydantic import ValidationError
@@ -27,6 +26,7 @@ from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerRecord, ServerState, open_record
 from swarm.errors import ErrorCode, InvalidRecord, PeerUnavailable, UsageError
 from swarm.identity import Access, Identity, SwarmKey
+from swarm.loop import in_thread
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import text_config
@@ -43,8 +43,6 @@ from swarm.types import BlockRange, DType, ModelId, Numerics
 from swarm.wire import encode
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _STREAMS_PER_SESSION = 3  # the client's, the hop before's, and one that is being replaced
 _ROTATION_LOOK_SECONDS = 3600.0
@@ -150,13 +148,13 @@ class ServerNode:
         await self._choose(checkpoint, access, device)
         await self._listen(stack)
         await self._introduce(stack)
-        span = await _in_thread(lambda: self._load(checkpoint, device))
+        span = await in_thread(lambda: self._load(checkpoint, device))
         await self._serve(stack, span)
         await self._announce(ServerState.ONLINE)
 
     async def _open(self, model: str | Path | None) -> Checkpoint:
         config = self._config
-        checkpoint = await _in_thread(
+        checkpoint = await in_thread(
             lambda: Checkpoint.open(
                 model, name=config.model_name, revision=config.revision, token=config.token
             )
@@ -195,7 +193,7 @@ class ServerNode:
         view = SwarmView(model, self._num_blocks)
         if config.peers:
             view = await Directory(self._dht, model, self._num_blocks).refresh()
-        dtype = _pick_dtype(config.dtype, checkpoint, view)
+        dtype = _pick_dtype(config.dtype, checkpoint, view, device)
         self._served = Served(
             model=model,
             numerics=Numerics(dtype=dtype),
@@ -203,14 +201,21 @@ class ServerNode:
             certificate_digest=lambda: self._certificate.digest,
             record=self._signed_record,
         )
+        block_bytes = throughput.block_bytes(checkpoint.config, dtype)
+        free_bytes = throughput.free_bytes(device)
+        asked = len(config.blocks) if config.blocks else config.num_blocks
+        if asked:
+            placement.check_fit(
+                min(asked, self._num_blocks), block_bytes=block_bytes, free_bytes=free_bytes
+            )
         if config.blocks is not None:
             self.blocks = config.blocks
             return
-        wanted = config.num_blocks or placement.fitting_blocks(
+        wanted = asked or placement.fitting_blocks(
             self._num_blocks,
-            block_bytes=throughput.block_bytes(checkpoint.config, dtype),
+            block_bytes=block_bytes,
             cache_bytes=throughput.cache_bytes(checkpoint.config, dtype, config.limits.kv_tokens),
-            free_bytes=throughput.free_bytes(device),
+            free_bytes=free_bytes,
         )
         coming = (ServerState.JOINING, ServerState.ONLINE)
         spans = [s.record.blocks for s in view.servers if s.record.state in coming]
@@ -353,13 +358,20 @@ class Door:
 _LOADING = Refused(code=ErrorCode.BUSY, message="this server is still loading", retry_after=5.0)
 
 
-def _pick_dtype(wanted: DType | Literal["auto"], checkpoint: Checkpoint, view: SwarmView) -> DType:
-    """What others compute this model in, so that routes can be made; else the checkpoint's own."""
+def _pick_dtype(
+    wanted: DType | Literal["auto"], checkpoint: Checkpoint, view: SwarmView, device: torch.device
+) -> DType:
+    """What others compute this model in, so that routes can be made.
+
+    Else float32 on a CPU, which is exact there and slow in half precision, and elsewhere as stored.
+    """
     if wanted != "auto":
         return wanted
     if view.servers:
         common = Counter(server.record.numerics.dtype for server in view.servers)
         return cast(DType, common.most_common(1)[0][0])
+    if device.type == "cpu":
+        return "float32"
     own = text_config(checkpoint.config).dtype or getattr(checkpoint.config, "dtype", None)
     name = DTYPE_NAMES.get(own, "float32") if isinstance(own, torch.dtype) else "float32"
     return cast(DType, name) if name in get_args(DType) else "float32"
@@ -370,22 +382,3 @@ def _version() -> str:
         return version("swarm-blocks")[:12]
     except PackageNotFoundError:  # run from a checkout that is not installed
         return ""
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    """Run it in a thread that does not keep the process alive if nobody waits any more."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = function()
-        except BaseException as error:  # noqa: BLE001  # carried to whoever waits
-            settle, value = future.set_exception, error
-        else:
-            settle, value = future.set_result, result
-        with suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(lambda: future.done() or settle(cast(Any, value)))
-
-    threading.Thread(target=run, name="swarm-load", daemon=True).start()
-    return await future

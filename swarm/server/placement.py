@@ -34,6 +34,15 @@ def choose_blocks(coverage: Sequence[int], wanted: int) -> BlockRange:
     return BlockRange(start, start + wanted)
 
 
+def check_fit(count: int, *, block_bytes: int, free_bytes: int) -> None:
+    """Raises UsageError if the weights of `count` blocks are more than all that is free."""
+    if count * block_bytes > free_bytes:
+        raise UsageError(
+            f"{count} blocks need {count * block_bytes / 2**30:.1f} GiB and "
+            f"{free_bytes / 2**30:.1f} are free: serve fewer with --num-blocks"
+        )
+
+
 def fitting_blocks(num_blocks: int, *, block_bytes: int, cache_bytes: int, free_bytes: int) -> int:
     """How many of `num_blocks` a device with `free_bytes` holds comfortably.
 

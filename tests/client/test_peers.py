@@ -35,6 +35,18 @@ def test_work_forgives_everything() -> None:
     assert peers.banned(1.3) == frozenset()
 
 
+def test_a_peer_that_was_started_anew_is_tried_at_once() -> None:
+    peers = book()
+    peers.failed("a", 0.0, b"old certificate")
+    peers.seen("a", b"old certificate")
+    peers.seen("b", b"of a stranger")
+    assert peers.banned(0.1) == {"a"}
+    peers.seen("a", b"new certificate")
+    assert peers.banned(0.1) == frozenset()
+    assert peers.failures("a") == 0
+    assert len(peers) == 1
+
+
 def test_clients_do_not_come_back_at_the_same_moment() -> None:
     clients = [PeerBook(random.Random(seed)) for seed in range(20)]
     for client in clients:

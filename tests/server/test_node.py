@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from swarm import AutoDistributedModelForCausalLM
 from swarm.certificates import check_certificate, fetch_certificate
+from swarm.client.network import SwarmNetwork
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerState, sign_record
@@ -23,7 +26,8 @@ from swarm.errors import ErrorCode, InvalidRecord, UsageError
 from swarm.identity import Identity
 from swarm.loop import run
 from swarm.messages import PushTarget, Refused
-from swarm.server.node import Door, ServerConfig, ServerNode
+from swarm.models.checkpoint import Checkpoint
+from swarm.server.node import Door, ServerConfig, ServerNode, _pick_dtype
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
 
@@ -126,6 +130,69 @@ def test_without_a_model_it_serves_what_the_swarm_does(config: ServerConfig) -> 
             async with ServerNode.running(replace(named, peers=peers)):
                 # The bundled model has that name, but these weights are others.
                 await refused(nothing, "has other weights: say which MODEL")
+
+    play(scene())
+
+
+def test_without_anything_it_starts_a_swarm_that_others_complete() -> None:
+    async def scene() -> None:
+        bundled = ServerConfig(host="127.0.0.1", device="cpu", num_blocks=2)
+        async with (
+            ServerNode.running(bundled) as first,
+            ServerNode.running(replace(bundled, peers=tuple(first.peers), num_blocks=3)) as second,
+        ):
+            assert (first.record.model.name, str(first.blocks)) == ("swarm-demo", "0:2")
+            assert (second.record.model, str(second.blocks)) == (first.record.model, "2:5")
+
+    play(scene())
+
+
+def test_alone_on_a_cpu_it_computes_exactly(config: ServerConfig, tmp_path: Path) -> None:
+    """Whatever the weights are stored in; on other devices that is what it computes in."""
+    half = LlamaForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    half.save_pretrained(tmp_path / "half")
+    checkpoint = Checkpoint.open(tmp_path / "half")
+    view = SwarmView(ModelId("half", checkpoint.fingerprint), 4)
+    picks = [_pick_dtype("auto", checkpoint, view, torch.device(d)) for d in ("cpu", "cuda", "mps")]
+    assert picks == ["float32", "bfloat16", "bfloat16"]
+    assert _pick_dtype("float16", checkpoint, view, torch.device("cpu")) == "float16"
+
+
+def test_more_than_memory_holds_is_refused(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.server.throughput.free_bytes", lambda device: 50_000)
+    play(refused(replace(config, blocks=BlockRange(0, 4)), "4 blocks need .* serve fewer with"))
+    play(refused(config, "one block needs .*, or lower --kv-tokens"))
+
+
+def test_clients_take_a_server_with_a_new_certificate_at_once(
+    config: ServerConfig, tmp_path: Path
+) -> None:
+    """Rotated under a client that knows the old record only; then started again on its port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = replace(config, blocks=BlockRange(0, 4), identity=tmp_path / "identity", port=port)
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = LlamaForCausalLM.from_pretrained(config.model).generate(prompt, **options)  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        async with bystander() as (_, peers):
+            async with ServerNode.running(replace(config, peers=peers)) as node:
+                model: Any = await asyncio.to_thread(
+                    AutoDistributedModelForCausalLM.from_pretrained, config.model, peers
+                )
+                session = model.inference_session(max_length=16)
+                node.rotate(time.time())
+                got = await asyncio.to_thread(model.generate, prompt, session=session, **options)
+                assert got.tolist() == expected.tolist()
+                await asyncio.to_thread(session.rollback, 3)
+            async with ServerNode.running(replace(config, peers=peers)):
+                got = await asyncio.to_thread(model.generate, prompt, **options)
+                assert got.tolist() == expected.tolist()
+                await asyncio.to_thread(session.close)
+            await asyncio.to_thread(SwarmNetwork.leave_all)
 
     play(scene())
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import UsageError
-from swarm.server.placement import choose_blocks, count_servers, fitting_blocks
+from swarm.server.placement import check_fit, choose_blocks, count_servers, fitting_blocks
 from swarm.types import BlockRange
 
 COVERAGE = st.lists(st.integers(0, 5), min_size=1, max_size=40)
@@ -24,6 +24,12 @@ def test_servers_that_come_one_by_one_cover_the_model() -> None:
 def test_a_hole_is_filled_first() -> None:
     spans = [BlockRange(0, 8), BlockRange(0, 8), BlockRange(12, 24)]
     assert choose_blocks(count_servers(24, spans), 4) == BlockRange(8, 12)
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read() -> None:
+    check_fit(8, block_bytes=1 << 30, free_bytes=8 << 30)
+    with pytest.raises(UsageError, match=r"9 blocks need 9\.0 GiB and 8\.0 are free: serve fewer"):
+        check_fit(9, block_bytes=1 << 30, free_bytes=8 << 30)
 
 
 @given(COVERAGE, st.integers(1, 50))
