@@ -156,15 +156,16 @@ def ragged_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    *,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """`query` is `[1, heads, N, head_dim]`; returns `[1, N, heads, value_dim]`."""
-    if not isinstance(attention_mask, RaggedMask) or position_bias is not None:
+    """`query` is `[1, heads, N, head_dim]`; returns `[1, N, heads, value_dim]`.
+
+    The options are transformers': `scaling`, `softcap` and the sinks `s_aux`.
+    """
+    scaling: float | None = options.get("scaling")
+    softcap: float | None = options.get("softcap")
+    s_aux: Tensor | None = options.get("s_aux")
+    if not isinstance(attention_mask, RaggedMask) or options.get("position_bias") is not None:
         raise NotImplementedError("an attention that sessions cannot share a pass with")
     work = attention_mask.work
     outputs: list[Tensor] = []
