@@ -194,6 +194,27 @@ def test_a_beam_that_dies_with_its_copies_on_the_way(house: House, hop: int) -> 
         twin.step()
 
 
+def test_a_copy_that_comes_too_late_is_computed_again_and_nobody_is_blamed(house: House) -> None:
+    network = house.swarm.network
+    with house.twin(batch=2) as twin:
+        twin.step(5)
+        route = [hop.peer_id for hop in twin.session.hops]
+        network.before_frame = Slow(route[0], 0.2)
+        twin.step()
+        remote = twin.session._remote
+        assert remote is not None
+        house.swarm.on_loop(network.block, route[1], route[2])
+        house.swarm.wait_until(lambda: remote._trouble is not None)
+        twin.reorder(1, 0)
+        twin.step()
+        house.swarm.no_trap()
+        house.swarm.on_loop(network.unblock, route[1], route[2])
+        assert [hop.peer_id for hop in twin.session.hops] == route
+        assert not house.swarm.router.failures
+        twin.kill(1)
+        twin.step()
+
+
 def test_a_late_complaint_about_a_dead_server_does_not_end_pushing(house: House) -> None:
     """The hop before notices the death when the client has begun to tell it whom to push to now."""
     network = house.swarm.network
