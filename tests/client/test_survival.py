@@ -135,6 +135,28 @@ def test_it_may_die_at_each_point_of_a_step(
         assert twin.session.recoveries == 1
 
 
+def test_many_deaths_in_the_middle_of_steps(house: House) -> None:
+    """What the dead owed, and what the living had not begun, is not waited for."""
+    with house.twin() as twin:
+        twin.step(3)
+        killed: list[str] = []
+
+        async def act() -> Fate:
+            victim = twin.serving(1)
+            killed.append(victim.peer_id)
+            house.swarm.network.cut(victim.endpoint)
+            return Fate.BREAK
+
+        for _ in range(20):
+            house.swarm.trap(lambda *frame: frame[2] == "push", act)
+            twin.step()
+            house.swarm.no_trap()
+            for server in house.servers:
+                house.swarm.revive(server)
+        assert [peer_id for peer_id, _ in house.swarm.router.failures] == killed
+        assert len(killed) == 20
+
+
 @pytest.mark.parametrize("hop", [0, 1])
 def test_a_dead_link_between_living_servers_is_gone_round(house: House, hop: int) -> None:
     with house.twin() as twin:
