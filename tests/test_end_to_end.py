@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,11 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from swarm import AutoDistributedModelForCausalLM, LocalSwarm
 from swarm.client.network import SwarmNetwork
 from swarm.client.remote import InferenceSession
-from swarm.config import ClientConfig, ClientTimeouts
+from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
 from swarm.dht.directory import list_models
 from swarm.errors import NoRoute, UsageError
 from swarm.identity import SwarmKey
 from swarm.models.demo import DEMO_MODEL
+from tests.hub import serve as serve_hub
 from tests.models.tiny import save_tiny
 
 PROMPT = "And it came to pass"
@@ -226,6 +231,81 @@ def test_without_a_replacement_it_says_so_and_goes_on_when_one_comes(
     got = patient.generate(ids, **GREEDY)
     adding.join()
     assert got[0].tolist() == expected
+
+
+def test_two_people_start_a_swarm_and_one_is_in_a_hurry(ids: torch.Tensor) -> None:
+    """`swarm-server --blocks 0:20` as it stands, another completes it; Ctrl-C twice ends."""
+    command = [sys.executable, "-m", "swarm", "server", "--blocks=0:20", "--host=127.0.0.1"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as first:
+        assert first.stdout is not None
+        assert first.stderr is not None
+        peers = first.stdout.readline().strip().partition("peers=")[2].split(",")
+        assert peers[0].startswith("/ip4/127.0.0.1/")
+        with serving("--blocks=20:24", "--host=127.0.0.1", "--peers", *peers):
+            model: Any = AutoDistributedModelForCausalLM.from_pretrained(None, initial_peers=peers)
+            with model.inference_session(max_length=64) as session:
+                model.generate(ids, max_new_tokens=2, do_sample=False)
+                assert [str(hop.blocks) for hop in session.hops] == ["0:20", "20:24"]
+                first.send_signal(signal.SIGINT)
+                assert any("leaving; 1 sessions are open" in line for line in first.stderr)
+                first.send_signal(signal.SIGINT)
+                began = time.monotonic()
+                assert first.wait(30) == 130
+                assert time.monotonic() - began < ServerLimits().stop_timeout / 2
+            SwarmNetwork.leave_all()
+
+
+_CLIENT = """
+import sys, torch
+from swarm import AutoDistributedModelForCausalLM
+model = AutoDistributedModelForCausalLM.from_pretrained("org/tiny", initial_peers=sys.argv[1:])
+ids = torch.tensor([[5, 6, 7]])
+print(model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0].tolist())
+"""
+
+
+def test_a_repo_is_fetched_by_each_as_far_as_needed(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "repo").save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB"
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded")
+    ids = torch.tensor([[5, 6, 7]])
+    options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+
+    def shards(*blocks: int) -> set[str]:
+        """Those with these blocks, or with what is no block."""
+        names = tuple(f"model.layers.{block}." for block in blocks)
+        return {
+            file
+            for tensor, file in index["weight_map"].items()
+            if (tensor.startswith(names) if names else "layers" not in tensor)
+        }
+
+    with serve_hub({"org/tiny": tmp_path / "sharded"}) as hub:
+
+        def fetched() -> set[str]:
+            files = {name for name in hub.fetched() if name.endswith(".safetensors")}
+            hub.requests.clear()
+            return files
+
+        env = hub.environment(tmp_path / "servers")
+        with LocalSwarm("org/tiny", spans=["0:2"], env=env) as swarm:
+            assert fetched() == shards(0, 1)
+            swarm.add("2:6")
+            assert fetched() == shards(2, 3, 4, 5) - shards(0, 1)
+            client = subprocess.run(
+                [sys.executable, "-c", _CLIENT, *swarm.peers],
+                env=os.environ | hub.environment(tmp_path / "client"),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+            )
+        assert client.stdout.strip() == str(model.generate(ids, **options)[0].tolist()), client
+        assert fetched() == shards()
+        assert not shards() >= shards(1, 2), "the test would show nothing"
 
 
 def test_servers_with_other_weights_are_never_chained(tmp_path: Path) -> None:
