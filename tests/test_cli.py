@@ -10,7 +10,9 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -175,22 +177,67 @@ def test_a_bootstrap_node_has_a_lasting_identity_and_leaves_politely(tmp_path: P
     assert (process.returncode, out, err) == (0, "", "")
 
 
-def test_the_demo_survives_and_is_exact() -> None:
-    demo = subprocess.run(
-        [sys.executable, "-m", "swarm", "demo", "--tokens", "24", "--seed", "3"],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert demo.returncode == 0, demo.stderr
-    lines = demo.stdout.splitlines()
+@contextmanager
+def demo(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`swarm demo`, whose output is a pipe: lines without colours."""
+    command = [sys.executable, "-m", "swarm", "demo", *arguments]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_the_demo_survives_is_exact_and_stays_if_asked() -> None:
+    with demo("--tokens", "24", "--seed", "3", "--keep") as process:
+        assert process.stdout is not None
+        lines: list[str] = []
+        while not lines or lines[-1].strip() != "swarm chat":
+            lines.append(process.stdout.readline().rstrip("\n"))
+            assert lines[-1], process.communicate()
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=30)
+    assert (process.returncode, rest, errors) == (0, "", "")
+    *lines, keeps, peers, _, _ = lines
+    assert keeps.startswith("the swarm stays up until Ctrl-C")
+    assert peers.strip().startswith("export SWARM_PEERS=/ip4/127.0.0.1/")
+    assert "\x1b" not in "".join(lines)
     before = [line for line in lines if line.startswith("route: ")]
     after = [line for line in lines if line.startswith("route after: ")]
     assert len(before) == len(after) == 3
     assert before[1].partition(": ")[2] != after[1].partition(": ")[2]
     assert any(line.endswith("is killed") for line in lines)
     assert lines[-1] == "identical: yes (24 tokens, against the model in one piece)"
+
+
+def test_ctrl_c_ends_the_demo_quietly() -> None:
+    """Nothing is left behind, either: conftest.py looks."""
+    with demo("--tokens", "1500") as process:
+        assert process.stdout is not None
+        assert any(line.startswith("route: ") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_a_demo_that_is_not_identical_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Swarm:
+        closed = 0
+
+        def __init__(self, **_: object) -> None: ...
+
+        def __enter__(self) -> Any:
+            return self
+
+        def close(self) -> None:
+            Swarm.closed += 1
+
+    monkeypatch.setattr("swarm.cli.demo.LocalSwarm", Swarm)
+    monkeypatch.setattr("swarm.cli.demo._import", lambda: None)
+    monkeypatch.setattr("swarm.cli.demo._perform", lambda *_: False)
+    assert main(["demo"]) == 1
+    assert Swarm.closed == 1
 
 
 def test_health_says_when_blocks_are_missing() -> None:

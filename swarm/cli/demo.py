@@ -118,10 +118,10 @@ def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
 
 
 def _keep(swarm: LocalSwarm, show: _Show) -> None:
-    show.line("the swarm stays up until Ctrl-C; in another terminal:")
-    for command in (f"export SWARM_PEERS={swarm.peers[0]}", "swarm status", "swarm chat"):
-        show.line(f"  {command}")
     with suppress(KeyboardInterrupt):
+        show.line("the swarm stays up until Ctrl-C; in another terminal:")
+        for command in (f"export SWARM_PEERS={swarm.peers[0]}", "swarm status", "swarm chat"):
+            show.line(f"  {command}")
         threading.Event().wait()
 
 
