@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import signal
 import socket
@@ -240,27 +241,59 @@ def test_a_demo_that_is_not_identical_fails(monkeypatch: pytest.MonkeyPatch) -> 
     assert Swarm.closed == 1
 
 
+def view(*spans: str, model: str = "0" * 64, silent: bool = False) -> SwarmView:
+    """One server for each span, of a model with four blocks."""
+    records = [
+        ServerRecord(
+            peer_id=NOBODY.rpartition("/")[2],
+            model=ModelId("m", model),
+            blocks=BlockRange.parse(span),
+            num_blocks=4,
+            host="127.0.0.1",
+            port=1,
+            certificate_digest=bytes(32),
+        )
+        for span in spans
+    ]
+    return SwarmView(
+        records[0].model,
+        4,
+        tuple(SignedRecord(record, b"") for record in records),
+        frozenset({records[0].peer_id} if silent else ()),
+    )
+
+
 def test_health_says_when_blocks_are_missing() -> None:
-    model, identity = ModelId("m", "0" * 64), Identity.ephemeral()
-
-    def view(*spans: str) -> SwarmView:
-        records = [
-            ServerRecord(
-                peer_id=identity.peer_id,
-                model=model,
-                blocks=BlockRange.parse(span),
-                num_blocks=4,
-                host="127.0.0.1",
-                port=1,
-                certificate_digest=bytes(32),
-            )
-            for span in spans
-        ]
-        return SwarmView(model, 4, tuple(SignedRecord(record, b"") for record in records))
-
     assert health(view("0:2", "2:4", "0:4")) == "healthy"
     assert health(view("0:2", "1:4")) == "degraded"
     assert health(view("0:2", "3:4")) == "broken"
+
+
+def test_status_names_what_is_missing_silent_or_of_other_weights(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    views = [view("0:2", "3:4", silent=True), view("0:4", model="1" * 64)]
+    monkeypatch.setattr("swarm.cli.status.survey", lambda *_: views)
+    assert main(["status", "--peers", NOBODY]) == 0
+    broken, whole = capsys.readouterr().out.split(str(views[1].model))
+    assert str(views[0].model) in broken
+    assert "broken: nobody serves 2:3" in broken
+    assert "silent" in broken
+    assert "degraded" in whole
+    assert "silent" not in whole
+    assert main(["status", "--json", "--peers", NOBODY]) == 0
+    first, second = json.loads(capsys.readouterr().out)["models"]
+    assert first["name"] == second["name"]
+    assert first["fingerprint"] != second["fingerprint"]
+    assert (first["missing"], first["replicas"]) == (["2:3"], [1, 1, 0, 1])
+    assert first["servers"][0]["silent"]
+    assert set(first) == {
+        *("name", "fingerprint", "num_blocks", "health", "missing", "replicas", "servers")
+    }
+    assert set(first["servers"][0]) == {
+        *("blocks", "state", "silent", "address", "peer_id", "public_name", "dtype"),
+        *("throughput", "queue", "free_tokens", "version"),
+    }
 
 
 def test_a_text_breaks_between_words_on_a_terminal() -> None:
