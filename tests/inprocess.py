@@ -259,6 +259,7 @@ class InProcessSwarm:
         for server in self.servers:
             assert server.handler.load().free_tokens == self.limits.kv_tokens
             assert server.handler.load().queue == 0
+            server.handler._budget.check_integrity()
         self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
 
     def serving(self, session: Any, block: int) -> Server:

@@ -176,7 +176,7 @@ class RemoteSession:
         """Flow if all is well, else repair; give up only when blocks stay missing."""
         clock, patience = asyncio.get_running_loop().time, self._config.timeouts.recovery
         give_up = clock() + patience
-        for _ in range(_ATTEMPTS):
+        for _ in range(_ATTEMPTS + len(self.hops)):  # each may have to say that it cannot rewind
             whole = self._trouble is None
             try:
                 if not whole:
@@ -196,7 +196,7 @@ class RemoteSession:
                     give_up = clock() + patience
                 elif clock() > give_up:
                     raise NoRoute(f"gave up after {patience:g} s: {error}") from None
-        raise PeerUnavailable(f"gave up after {_ATTEMPTS} recoveries: {self._trouble}")
+        raise PeerUnavailable(f"gave up after too many recoveries: {self._trouble}")
 
     def _in_step(self, pending: Pending) -> bool:
         """All servers stand at the same place and know the same reorders: one flow serves all."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from swarm.errors import ErrorCode, SessionClosed, UsageError
+from swarm.errors import CannotRewind, ErrorCode, SessionClosed, UsageError
 from swarm.fakes import Fate
 from swarm.messages import (
     Message,
@@ -23,11 +24,12 @@ from swarm.messages import (
     Step,
     Synced,
 )
+from swarm.models.cache import SpanCache
 from swarm.tensors import from_frame, to_frame
 from swarm.transport import Service, Stream
 from swarm.wire import decode, encode
 from tests.client.twins import THIRDS, House, Twin
-from tests.inprocess import STEADY
+from tests.inprocess import STEADY, Server
 
 
 @pytest.fixture(scope="module")
@@ -58,32 +60,22 @@ def hidden_of(house: House, tokens: int = 1, rows: int = 1) -> torch.Tensor:
 def test_sessions_of_many_clients_share_passes_and_never_mix() -> None:
     with House(spans=THIRDS) as house:
         twins = [house.twin(batch=1 + index % 2, client=90 + index) for index in range(4)]
-        problems: list[BaseException] = []
         together = threading.Barrier(len(twins))
 
         def use(twin: Twin, tokens: int) -> None:
-            try:
-                together.wait(30)
-                with twin:
-                    twin.step(tokens)
-                    for _ in range(25):
-                        twin.step()
-                    twin.step(tokens)
-            except BaseException as error:  # noqa: BLE001  # for the test's own thread
-                problems.append(error)
+            together.wait(30)
+            with twin:
+                twin.step(tokens)
+                for _ in range(25):
+                    twin.step()
+                twin.step(tokens)
 
         # Locally each needs a span of its own: they are not thread-safe.
         for twin in twins:
             twin.span = house.local()
             twin.cache = twin.span.open_cache(twin.span.blocks, twin.batch, 128)
-        threads = [
-            threading.Thread(target=use, args=(twin, 3 + index)) for index, twin in enumerate(twins)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert not problems, problems
+        with ThreadPoolExecutor(len(twins)) as threads:
+            list(threads.map(use, twins, range(3, 3 + len(twins))))
         first, *others = [server.handler.counters for server in house.servers]
         assert sum(server.executor.backend.shared_passes for server in house.servers) > 0
         assert first.steps_from_clients == 4 * 27
@@ -242,11 +234,15 @@ def test_a_late_complaint_about_a_dead_server_does_not_end_pushing(house: House)
         assert twin.serving(1).handler.counters.steps_from_clients == relayed
 
 
-def test_a_server_that_computes_for_long_is_not_taken_for_dead(house: House) -> None:
-    """`sync` is answered while a pass runs."""
-    with house.twin(timeouts=replace(STEADY, sync=2.0)) as twin:
+@pytest.mark.parametrize(("busy", "dying"), [(0, 1), (1, 0), (2, 0), (1, 2)])
+def test_a_server_that_computes_for_long_is_not_taken_for_dead(
+    house: House, busy: int, dying: int
+) -> None:
+    """`sync` is answered while a pass runs, and what it computes counts: also a beam's reorder."""
+    timeouts = replace(STEADY, sync=2.0)
+    with house.twin(batch=3, timeouts=timeouts) as twin, ThreadPoolExecutor(1) as aside:
         twin.step(5)
-        busy, executor = twin.serving(0), twin.serving(0).executor
+        server, executor = twin.serving(busy), twin.serving(busy).executor
         begun, gate, submit = threading.Event(), asyncio.Event(), executor.submit
 
         async def held(work: Any) -> Any:
@@ -256,10 +252,10 @@ def test_a_server_that_computes_for_long_is_not_taken_for_dead(house: House) -> 
 
         executor.submit = held  # type: ignore[method-assign]
         try:
-            stepping = threading.Thread(target=twin.step)
-            stepping.start()
+            twin.reorder(1, 2, 0)
+            stepping = aside.submit(twin.step)
             assert begun.wait(20)
-            dead = twin.kill(1)
+            dead = twin.kill(dying)
             spare = next(
                 server
                 for server in house.servers
@@ -267,11 +263,11 @@ def test_a_server_that_computes_for_long_is_not_taken_for_dead(house: House) -> 
             )
             house.swarm.wait_until(lambda: spare.handler.sessions > 0)
             house.swarm.on_loop(gate.set)
-            stepping.join(20)
-            assert not stepping.is_alive()
+            stepping.result(20)
         finally:
             del executor.submit  # type: ignore[attr-defined]
-        assert twin.serving(0) is busy
+        assert twin.session.recoveries == 1
+        assert twin.serving(busy) is server
         twin.step()
 
 
@@ -438,6 +434,42 @@ def test_absurd_positions_after_a_failure(liars: House, position: int, last_step
         twin.kill((route.index(liars.servers[0].peer_id) + 1) % 3)
         twin.step()
         twin.step()
+
+
+# Servers that cannot go back ---------------------------------------------------------------------
+
+
+def cannot_rewind(server: Server) -> None:
+    """As one whose blocks keep a recurrent state."""
+    open_cache = server.handler._span.open_cache
+
+    def open_stubborn_cache(*args: Any) -> SpanCache:
+        cache = open_cache(*args)
+        crop = cache.crop
+
+        def refuse(length: int) -> None:
+            if length not in (0, cache.length):
+                raise CannotRewind("a recurrent state")
+            crop(length)
+
+        cache.crop = refuse  # type: ignore[method-assign]
+        return cache
+
+    server.handler._span.open_cache = open_stubborn_cache  # type: ignore[method-assign]
+
+
+def test_what_cannot_be_rewound_is_replayed_and_nobody_is_blamed() -> None:
+    with House(spans=THIRDS) as house, house.twin(batch=2) as twin:
+        for server in house.servers:
+            cannot_rewind(server)
+        twin.step(8)
+        twin.rollback(5)
+        twin.step(2)
+        twin.rollback(4)
+        twin.reorder(1, 1)
+        twin.step()
+        twin.step()
+        assert not house.swarm.router.failures
 
 
 # The caller --------------------------------------------------------------------------------------

@@ -325,6 +325,24 @@ def test_padding_at_the_left_and_in_the_middle(house: House, hop: int) -> None:
         twin.step(2)
 
 
+@pytest.mark.parametrize("family", ["mistral", "bloom", "qwen3_moe"])
+def test_other_families(family: str) -> None:
+    """A sliding window, positions that come from the mask, experts."""
+    left = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
+    with House(family) as house, house.twin(batch=2) as twin:
+        twin.step(8, padding=left)
+        for hop in range(3):
+            twin.step()
+            dead = twin.kill(hop)
+            twin.step()
+            house.swarm.revive(dead)
+        twin.rollback(9)
+        twin.reorder(1, 0)
+        twin.kill(1)
+        twin.step(3)
+        twin.step()
+
+
 def test_padding_that_comes_late(house: House) -> None:
     with house.twin(batch=2) as twin:
         twin.step(5)
