@@ -24,6 +24,8 @@ PROMPTS = (
     "She had been",
     '"My dear Mr. Bennet,"',
 )
+LONG_PROMPTS = ("Now in the third year of the reign of",)  # 700 tokens
+PENALTY = {"repetition_penalty": 1.25}
 Keys = NDArray[np.int64]
 
 
@@ -97,10 +99,12 @@ def model_nats(model: Any, stream: Tensor) -> float:
     return total / (len(stream) - 1)
 
 
-def sample(model: Any, tokenizer: Any, prompt: str, **how: Any) -> str:
+def sample(model: Any, tokenizer: Any, prompts: tuple[str, ...], **how: Any) -> dict[str, str]:
+    """What the model makes of each prompt, all in one left-padded batch."""
     torch.manual_seed(0)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    return tokenizer.decode(model.generate(**inputs, **how)[0])
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    texts = tokenizer.batch_decode(model.generate(**inputs, **how), skip_special_tokens=True)
+    return dict(zip(prompts, texts, strict=True))
 
 
 def evaluate(folder: Path, corpus: Corpus) -> None:
@@ -133,19 +137,16 @@ def evaluate(folder: Path, corpus: Corpus) -> None:
     }
     path.write_text(json.dumps(metrics, indent=2) + "\n", "utf-8")
     (folder / "held_out.txt").write_text("\n".join(corpus.held_out), "utf-8")
-    greedy = {p: sample(model, tokenizer, p, max_new_tokens=60, do_sample=False) for p in PROMPTS}
+    plain = sample(model, tokenizer, PROMPTS, max_new_tokens=40, do_sample=False)
+    greedy = sample(model, tokenizer, PROMPTS, max_new_tokens=60, do_sample=False, **PENALTY)
     how: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
-    drawn = {p: sample(model, tokenizer, p, max_new_tokens=80, **how) for p in PROMPTS}
-    drawn[PROMPTS[0] + " (long)"] = sample(
-        model, tokenizer, PROMPTS[0], max_new_tokens=600, min_new_tokens=600, **how
-    )
-    (folder / "README.md").write_text(card(folder, metrics, greedy, drawn), "utf-8")
+    drawn = sample(model, tokenizer, PROMPTS, max_new_tokens=80, **how)
+    long = sample(model, tokenizer, LONG_PROMPTS, max_new_tokens=700, **how)
+    (folder / "README.md").write_text(card(folder, metrics, (plain, greedy, drawn | long)), "utf-8")
     print((folder / "README.md").read_text("utf-8"))
 
 
-def card(
-    folder: Path, metrics: dict[str, Any], greedy: dict[str, str], drawn: dict[str, str]
-) -> str:
+def card(folder: Path, metrics: dict[str, Any], samples: tuple[dict[str, str], ...]) -> str:
     """The model card, every figure from `metrics`, every sample from the model."""
     megabytes = sum(f.stat().st_size for f in folder.iterdir() if f.is_file()) / 1e6
     training, held = metrics["training"], metrics["held_out"]
@@ -180,8 +181,10 @@ def card(
         held_chapters=held["chapters"],
         window=WINDOW,
         rows="\n".join(lines),
-        greedy=quote(greedy),
-        drawn=quote(drawn),
+        plain=quote(samples[0]),
+        greedy=quote(samples[1]),
+        drawn=quote(samples[2]),
+        penalty=PENALTY["repetition_penalty"],
     )
 
 
@@ -237,13 +240,17 @@ training tokens. `metrics.json` has the same figures, `held_out.txt` is that tex
 
 ## Samples
 
-Greedy, 60 tokens:
+Sampled (temperature 0.8, top-p 0.95, seed 0), 80 tokens, and the last one 700:
+
+{drawn}
+
+Greedy with `repetition_penalty={penalty}`, 60 tokens:
 
 {greedy}
 
-Sampled (temperature 0.8, top-p 0.95, seed 0):
+Plainly greedy, 40 tokens; the model is small, and falls into loops that the penalty prevents:
 
-{drawn}
+{plain}
 
 Everything on this page is written by `python scripts/train_demo_model.py --evaluate`.
 """
