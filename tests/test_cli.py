@@ -10,7 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def test_a_bootstrap_node_has_a_lasting_identity_and_leaves_politely(tmp_path: P
 
 
 @contextmanager
-def demo(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def demo(*arguments: str) -> Generator[subprocess.Popen[str]]:
     """`swarm demo`, whose output is a pipe: lines without colours."""
     command = [sys.executable, "-m", "swarm", "demo", *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
