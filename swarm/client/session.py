@@ -373,7 +373,7 @@ class RemoteSession:
 
     async def _recover(self, give_up: float) -> None:
         """A new epoch, a whole route, and histories at just its borders. Raises NoRoute."""
-        clock, timeouts = asyncio.get_running_loop().time, self._config.timeouts
+        clock, pause = asyncio.get_running_loop().time, 0.0
         while True:
             self._epoch += 1
             newborn = next(self._numbers)
@@ -384,8 +384,9 @@ class RemoteSession:
                 self._check_open()
                 if clock() > give_up:
                     raise
+            await asyncio.sleep(min(pause, max(0.0, give_up - clock())))
+            pause = self._config.timeouts.refresh  # but the first look is taken at once
             await self._router.refresh()
-            await asyncio.sleep(min(timeouts.refresh, max(0.0, give_up - clock())))
         self._check_open()
         starts = {hop.blocks.start for hop in self.hops}
         self._histories = {start: self._histories.get(start, History()) for start in starts}
