@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import itertools
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +12,10 @@ import pytest
 import torch
 
 from swarm.client.generation import distributed_class
-from swarm.errors import NoRoute
+from swarm.errors import CannotRewind
 from swarm.fakes import Fate
 from swarm.messages import Message, Output, Step
+from swarm.models.cache import SpanCache
 from swarm.models.shell import make_shell
 from tests.client.twins import THIRDS, WHOLE, House
 from tests.inprocess import STEADY, Server
@@ -24,24 +23,6 @@ from tests.models.tiny import VOCAB
 
 TOKENS = 64
 BORDERS = (0, 2, 4)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[House]:
-    """Three spans, two servers for each."""
-    with House() as house:
-        yield house
-
-
-@pytest.fixture
-def house(shared: House) -> Iterator[House]:
-    """All servers are back before a test, and nobody remembers anything."""
-    shared.swarm.no_trap()
-    for server in shared.servers:
-        shared.swarm.revive(server)
-    shared.swarm.router.failures.clear()
-    yield shared
-    shared.swarm.assert_quiet()
 
 
 # The sweep ---------------------------------------------------------------------------------------
@@ -239,192 +220,37 @@ def test_a_neighbour_dies_during_replay(house: House, hop: int) -> None:
         twin.step(2)
 
 
-@pytest.mark.parametrize("hops", [(0, 1), (1, 2), (0, 2), (0, 1, 2)])
-def test_several_at_once(house: House, hops: tuple[int, ...]) -> None:
-    with house.twin() as twin:
-        twin.step(6)
-        for hop in hops:
-            twin.kill(hop)
-        twin.step()
-        twin.step(3)
+# Servers that cannot go back ---------------------------------------------------------------------
 
 
-# What sessions do --------------------------------------------------------------------------------
+def cannot_rewind(server: Server) -> None:
+    """As one whose blocks keep a recurrent state."""
+    open_cache = server.handler._span.open_cache
+
+    def open_stubborn_cache(*args: Any) -> SpanCache:
+        cache = open_cache(*args)
+        crop = cache.crop
+
+        def refuse(length: int) -> None:
+            if length not in (0, cache.length):
+                raise CannotRewind("a recurrent state")
+            crop(length)
+
+        cache.crop = refuse  # type: ignore[method-assign]
+        return cache
+
+    server.handler._span.open_cache = open_stubborn_cache  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("hop", range(3))
-def test_after_a_rollback(house: House, hop: int) -> None:
-    with house.twin() as twin:
-        for dies_first in (True, False):
-            twin.step(8)
-            for _ in range(3):
-                twin.step()
-            if dies_first:
-                dead = twin.kill(hop)
-                twin.rollback(5)
-            else:
-                twin.rollback(5)
-                dead = twin.kill(hop)
-            twin.step(2)
-            twin.step()
-            house.swarm.revive(dead)
-            twin.rollback(0)
-
-
-@pytest.mark.parametrize("hop", range(3))
-def test_beams(house: House, hop: int) -> None:
-    with house.twin(batch=3) as twin:
-        twin.step(6)
-        for number, rows in enumerate([(0, 0, 1), (2, 1, 0), (1, 1, 1), (0, 2, 2), (2, 0, 1)]):
-            twin.reorder(*rows)
-            if number % 2:
-                dead = twin.kill(hop)
-                twin.step()
-                house.swarm.revive(dead)
-            twin.step()
-            twin.rollback(7)
-            twin.reorder(*rows)
-            twin.step(2)
-
-
-@pytest.mark.parametrize("hop", range(3))
-@pytest.mark.parametrize("point", ["not pushed", "not copied"])
-def test_beams_when_only_some_servers_have_reordered(house: House, hop: int, point: str) -> None:
-    peers = {s.peer_id for s in house.servers if s.record.record.blocks.start == BORDERS[hop]}
-    last = Output if point == "not copied" or hop == 2 else Step
-
-    def fits(source: str, destination: str, method: str, message: Message) -> bool:
-        return source in peers and isinstance(message, last) and message.start == 7
-
-    async def act() -> Fate:
-        house.swarm.network.cut(twin.serving(hop).endpoint)
-        return Fate.BREAK
-
-    with house.twin(batch=3) as twin:
-        twin.step(6)
-        trap = house.swarm.trap(fits, act)
-        for rows in [(2, 0, 0), (1, 2, 0), (1, 1, 0)]:
-            twin.reorder(*rows)
-            twin.step()
-        assert trap.sprung
-
-
-@pytest.mark.parametrize("hop", range(3))
-def test_padding_at_the_left_and_in_the_middle(house: House, hop: int) -> None:
-    left = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
-    middle = torch.tensor([[1, 1, 1], [0, 0, 1], [0, 1, 1]])
-    with house.twin(batch=3) as twin:
-        twin.step(5, padding=left)
-        twin.step()
-        dead = twin.kill(hop)
-        twin.step()
-        house.swarm.revive(dead)
-        twin.step(3, padding=middle)
-        twin.kill(hop)
-        twin.step()
+def test_what_cannot_be_rewound_is_replayed_and_nobody_is_blamed() -> None:
+    with House(spans=THIRDS) as house, house.twin(batch=2) as twin:
+        for server in house.servers:
+            cannot_rewind(server)
+        twin.step(8)
+        twin.rollback(5)
         twin.step(2)
-
-
-@pytest.mark.parametrize("family", ["mistral", "bloom", "qwen3_moe"])
-def test_other_families(family: str) -> None:
-    """A sliding window, positions that come from the mask, experts."""
-    left = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
-    with House(family) as house, house.twin(batch=2) as twin:
-        twin.step(8, padding=left)
-        for hop in range(3):
-            twin.step()
-            dead = twin.kill(hop)
-            twin.step()
-            house.swarm.revive(dead)
-        twin.rollback(9)
-        twin.reorder(1, 0)
-        twin.kill(1)
-        twin.step(3)
+        twin.rollback(4)
+        twin.reorder(1, 1)
         twin.step()
-
-
-def test_padding_that_comes_late(house: House) -> None:
-    with house.twin(batch=2) as twin:
-        twin.step(5)
-        twin.step(3, padding=torch.tensor([[1, 1, 1], [0, 0, 1]]))
-        twin.kill(1)
         twin.step()
-
-
-def test_growing_beyond_what_was_reserved(house: House) -> None:
-    with house.twin(max_length=6) as twin:
-        twin.step(5)
-        for _ in range(3):
-            twin.step()
-        twin.kill(1)
-        twin.step(20)
-
-
-# Who takes over ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spans", "victim"),
-    [
-        ([*THIRDS, (2, 3), (3, 4)], 1),
-        ([*THIRDS, (0, 1), (1, 3)], 0),
-        ([*THIRDS, (0, 6)], 1),
-        ([*THIRDS, (1, 6)], 2),
-        ([*THIRDS, (1, 3), (3, 5)], 1),
-    ],
-    ids=["pieces", "overlapping pieces", "larger", "last of a larger one", "parts of larger ones"],
-)
-def test_replacements_cut_elsewhere(spans: list[tuple[int, int]], victim: int) -> None:
-    with House(spans=THIRDS) as house, house.twin() as twin:
-        twin.step(6)
-        for start, end in spans[3:]:
-            house.add(start, end)
-        dead = twin.kill(victim)
-        twin.step()
-        twin.step(3)
-        lost_again = twin.kill(victim)  # some piece, perhaps
-        house.swarm.revive(dead)
-        twin.step()
-        house.swarm.revive(lost_again)
-        twin.step()
-
-
-def test_a_frozen_server_counts_as_dead_after_the_deadline(house: House) -> None:
-    timeouts = replace(STEADY, step=0.3, sync=0.3)
-    with house.twin(timeouts=timeouts) as twin:
-        twin.step(5)
-        frozen = twin.serving(1)
-        house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
-        twin.step()
-        assert frozen.peer_id not in {hop.peer_id for hop in twin.session.hops}
-        house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
-        twin.step()
-
-
-def test_without_a_replacement_the_missing_blocks_are_named_in_time() -> None:
-    timeouts = replace(STEADY, recovery=0.3)
-    with House(spans=THIRDS) as house, house.twin(timeouts=timeouts) as twin:
-        twin.step(5)
-        dead = twin.kill(1)
-        begin = time.monotonic()
-        with pytest.raises(NoRoute, match="2:4"):
-            twin.session.step(torch.randn(1, 1, house.whole.hidden_size))
-        assert time.monotonic() - begin < 5
-        house.swarm.revive(dead)  # and the session is none the worse
-        twin.step()
-
-
-def test_it_goes_on_by_itself_when_a_server_comes_back() -> None:
-    with House(spans=THIRDS) as house, house.twin() as twin:
-        twin.step(5)
-        dead = twin.kill(1)
-
-        async def comes_back() -> None:
-            while house.swarm.router.refreshed < 3:  # noqa: ASYNC110
-                await asyncio.sleep(0)
-            house.swarm._revive(dead)
-
-        returning = asyncio.run_coroutine_threadsafe(comes_back(), house.swarm.loop._loop)
-        twin.step()
-        returning.result(1)
-        twin.step()
+        assert not house.swarm.router.failures
