@@ -1,4 +1,4 @@
-"""Run and fine-tune large language models on volunteers' machines as if they were local."""
+"""Run large language models on volunteers' machines as if they were local."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ class ErrorCode(StrEnum):
     TOO_LONG = "too_long"  # the session would outgrow its reservation
     DEADLINE = "deadline"  # the answer was not ready in time
     DRAINING = "draining"  # the server is leaving
-    UNREACHABLE = "unreachable"  # the next hop could not be reached: the client relays
     INTERNAL = "internal"  # a defect on the server's side
 
 
