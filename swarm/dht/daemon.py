@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ _GUARDIAN = (
     '"$@" </dev/null & exec >/dev/null 2>&1; '
     'read -r _; kill -9 $!; wait; rm -rf "$folder"'
 )
+_STOP_SECONDS, _LOOK_SECONDS = 3.0, 0.005
 _START_SECONDS = 15.0
 _SOCKET = "p2pd.sock"
 
@@ -72,8 +74,15 @@ class Daemon:
         """Kill the daemon; returns when it and its folder are gone. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        await self._reader  # its output ends with it: what follows does not wait
-        self._process.wait()
+        for _ in range(round(_STOP_SECONDS / _LOOK_SECONDS)):
+            if self._process.poll() is not None:
+                break
+            await asyncio.sleep(_LOOK_SECONDS)
+        else:  # the guardian has not noticed, for example because somebody inherited its pipe
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            shutil.rmtree(self.control.parent, ignore_errors=True)
+        await self._reader
 
     async def _read_output(self) -> None:
         output = asyncio.StreamReader()
