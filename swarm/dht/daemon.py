@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 # doing or because we were killed, it kills the daemon and removes the folder. It lets go of the
 # daemon's output, so that we see the daemon's end there. (macOS has nothing like Linux'
 # PR_SET_PDEATHSIG, and that one needs code between fork and exec, which threads make unsafe.)
+# It does not `wait`, which was seen to hang in dash when the child had died already.
 _GUARDIAN = (
     "folder=$1; shift; trap '' HUP INT TERM; "
     '"$@" </dev/null & exec >/dev/null 2>&1; '
-    'read -r _; kill -9 $!; wait; rm -rf "$folder"'
+    'read -r _; kill -9 $!; rm -rf "$folder"'
 )
 _STOP_SECONDS, _LOOK_SECONDS = 3.0, 0.005
 _START_SECONDS = 15.0
