@@ -88,6 +88,10 @@ class CannotRewind(SwarmError):
     """A span's cache cannot be cropped that far back; the caller must replay."""
 
 
+class OutOfPages(SwarmError):
+    """No page of the cache is free for a step now; it may be tried again when others leave."""
+
+
 class NoRoute(SwarmError):
     """No servers hold these blocks: the message names them."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from swarm.errors import CannotRewind, ErrorCode, RemoteProtocolError
+from swarm.errors import CannotRewind, ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.models.spans import Span, SpanCache, SpanStep
 from swarm.server.scheduler import Slice
 
@@ -26,6 +26,7 @@ class Work:
     inputs: Mapping[str, torch.Tensor]
     crop_to: int | None = None
     reorder: Sequence[int] | None = None
+    priority: int = 5
     outputs: list[torch.Tensor] = field(default_factory=list)
     compute_ms: float = 0.0
 
@@ -34,7 +35,8 @@ class Work:
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
 
 
-Failures = dict[int, RemoteProtocolError]
+Failures = dict[int, RemoteProtocolError | OutOfPages]
+"""Why works failed, by key. One without pages can be run again from where its slice began."""
 
 
 class Backend:
