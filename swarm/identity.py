@@ -56,7 +56,7 @@ class Identity:
                 return cls._parse(path.read_bytes())
             identity = cls.ephemeral()
             path.parent.mkdir(parents=True, exist_ok=True)
-            identity.write(path)
+            write_secret(path, identity.private_bytes())
         except OSError as error:
             raise UsageError(f"identity file {path}: {error.strerror}; choose another") from error
         except (ValueError, TypeError) as error:
@@ -75,19 +75,24 @@ class Identity:
             raise TypeError("not an RSA key")
         return cls(key)
 
-    def write(self, path: Path) -> None:
-        """Write the private key where no file is yet, readable by the owner alone."""
+    def private_bytes(self) -> bytes:
+        """What identity files hold: the key as libp2p's PrivateKey protobuf."""
         der = self._private_key.private_bytes(
             serialization.Encoding.DER,
             serialization.PrivateFormat.TraditionalOpenSSL,
             serialization.NoEncryption(),
         )
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
-            file.write(b"\x08\x00\x12" + _varint(len(der)) + der)
+        return b"\x08\x00\x12" + _varint(len(der)) + der
 
     def sign(self, data: bytes) -> bytes:
         """PKCS#1 v1.5 with SHA-256, 256 bytes: what libp2p uses for RSA."""
         return self._private_key.sign(data, padding.PKCS1v15(), hashes.SHA256())
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Where no file is yet, readable by the owner alone. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+        file.write(content)
 
 
 def verify(public_key: bytes, data: bytes, signature: bytes) -> None:

@@ -34,7 +34,7 @@ def test_a_messy_file_of_tests_fails(tmp_path: Path) -> None:
     options = ["--rootdir", str(tmp_path), "-c", "/dev/null", str(tmp_path)]
     run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert "left behind: process sleep 60; port " in run.stdout
-    assert "; folder swarm-" in run.stdout
+    assert "; path swarm-" in run.stdout
     assert "a test connects to 192.0.2.1" in run.stdout
     assert "1 failed, 4 passed, 1 error" in run.stdout.splitlines()[-1]
     assert run.returncode == 1

@@ -1,35 +1,24 @@
-"""libp2p's daemon (p2pd) as a child process that never outlives us, however we end."""
+"""libp2p's daemon (p2pd) as a child process that does not outlive us, however we end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import shutil
-import signal
+import secrets
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from swarm.errors import SwarmError
 from swarm.identity import Identity
+from swarm.loop import in_thread
 
 logger = logging.getLogger(__name__)
 
-# The shell holds the read end of a pipe whose write end is ours alone: when that closes, by our
-# doing or because we were killed, it kills the daemon and removes the folder. It lets go of the
-# daemon's output, so that we see the daemon's end there. (macOS has nothing like Linux'
-# PR_SET_PDEATHSIG, and that one needs code between fork and exec, which threads make unsafe.)
-# It does not `wait`, which was seen to hang in dash when the child had died already.
-_GUARDIAN = (
-    "folder=$1; shift; trap '' HUP INT TERM; "
-    '"$@" </dev/null & exec >/dev/null 2>&1; '
-    'read -r _; kill -9 $!; rm -rf "$folder"'
-)
-_STOP_SECONDS, _LOOK_SECONDS = 3.0, 0.005
 _START_SECONDS = 15.0
-_SOCKET = "p2pd.sock"
 
 
 class DaemonFailed(SwarmError):
@@ -37,80 +26,84 @@ class DaemonFailed(SwarmError):
 
 
 class Daemon:
-    """A running p2pd; `control` is the path of its Unix socket. Made by `start`."""
+    """A running p2pd; `control` is the path of its Unix socket. Made by `start`.
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path) -> None:
-        self.control = folder / _SOCKET
-        self.alive = True
-        self._process = process
+    It ends by itself, and removes its socket, when its clients' connections end: when we do.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], control: Path) -> None:
+        assert process.stdout is not None
+        self.control = control
+        self._process, self._output = process, process.stdout
+        self._said = b""
         self._ready = asyncio.Event()
-        self._last_line = "it says nothing"
-        self._reader = asyncio.create_task(self._read_output())
+        # Not connect_read_pipe: uvloop's closes the descriptor twice, the second time perhaps when
+        # it is somebody else's (https://github.com/MagicStack/uvloop/issues/763).
+        asyncio.get_running_loop().add_reader(self._output.fileno(), self._read)
 
     @classmethod
     async def start(cls, binary: Path, identity: Identity, arguments: Sequence[str]) -> Daemon:
         """Raises DaemonFailed."""
-        folder = Path(tempfile.mkdtemp(prefix="swarm-dht-", dir=_short_temporary_folder()))
+        control = Path(_short_temporary_folder()) / f"swarm-dht-{secrets.token_hex(8)}.sock"
+        daemon = cls(_spawn(binary, control, arguments), control)
         try:
-            identity.write(folder / "identity")
-            daemon = cls(_spawn(binary, folder, arguments), folder)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        try:
+            daemon._give(identity)
             async with asyncio.timeout(_START_SECONDS):
                 await daemon._ready.wait()
-            if not daemon.alive:
-                raise DaemonFailed(daemon._last_line)
+            if daemon._output.closed:
+                raise DaemonFailed(daemon._last_line())
         except TimeoutError as error:
             await daemon.stop()
             raise DaemonFailed(f"no sign of life in {_START_SECONDS:.0f} s") from error
         except BaseException:
             await daemon.stop()
             raise
-        (folder / "identity").unlink()  # it has been read; no key stays in a temporary folder
         return daemon
 
     async def stop(self) -> None:
-        """Kill the daemon; returns when it and its folder are gone. Idempotent."""
+        """Kill the daemon; returns when it and its socket are gone. Idempotent."""
+        self._process.kill()
+        await in_thread(self._process.wait)
+        self._close()
+        self.control.unlink(missing_ok=True)
+
+    def _give(self, identity: Identity) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        for _ in range(round(_STOP_SECONDS / _LOOK_SECONDS)):
-            if self._process.poll() is not None:
-                break
-            await asyncio.sleep(_LOOK_SECONDS)
-        else:  # the guardian has not noticed, for example because somebody inherited its pipe
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            shutil.rmtree(self.control.parent, ignore_errors=True)
-        await self._reader
+        with suppress(BrokenPipeError), self._process.stdin as pipe:  # its output says why it ended
+            pipe.write(identity.private_bytes())
 
-    async def _read_output(self) -> None:
-        output = asyncio.StreamReader()
-        await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(output), self._process.stdout
-        )
-        async for line in output:
-            self._last_line = line.decode(errors="replace").strip()[:300]
-            logger.debug("p2pd: %s", self._last_line)
-            if self._last_line.startswith("Peer ID:"):
-                self._ready.set()
-        self.alive = False
-        self._ready.set()
+    def _read(self) -> None:
+        said = os.read(self._output.fileno(), 1 << 16)
+        self._said = (self._said + said)[-2000:]
+        logger.debug("p2pd: %s", said.decode(errors="replace").strip())
+        if not said:
+            self._close()
+        elif b"Peer ID:" in self._said:
+            self._ready.set()
+
+    def _close(self) -> None:
+        if not self._output.closed:
+            asyncio.get_running_loop().remove_reader(self._output.fileno())
+            self._output.close()
+            self._ready.set()
+
+    def _last_line(self) -> str:
+        lines = self._said.decode(errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line), "it says nothing")
 
 
-def _spawn(binary: Path, folder: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Not asyncio's: under uvloop the child inherits ends of pipes that must close with us."""
+def _spawn(binary: Path, control: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [
-            *("/bin/sh", "-c", _GUARDIAN, "swarm-dht", folder, binary),
-            *(f"-id={folder / 'identity'}", f"-listen=/unix{folder / _SOCKET}"),
+            *(binary, "-id=/dev/stdin", f"-listen=/unix{control}"),
+            f"-idleTimeout={_START_SECONDS:.0f}s",  # it ends when we have not connected by then
             *arguments,
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"GOLOG_LOG_LEVEL": "error"},
+        umask=0o077,  # the socket is for us alone
         start_new_session=True,  # Ctrl-C is ours to answer: sessions drain first
     )
 

@@ -11,7 +11,7 @@ import math
 import secrets
 import statistics
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
-from hivemind.p2p.p2p_daemon_bindings.control import ControlClient, DaemonConnector
 from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.auth import AuthorizerBase
@@ -72,24 +71,31 @@ class DhtNode:
         Raises UsageError, in one sentence, if that cannot be.
         """
         peers = [peer for peer in map(_Peer, initial_peers) if peer.name != identity.peer_id]
-        node = cls(identity, peers, key, _daemon_arguments(host, port, client_mode))
+        arguments = _daemon_arguments(host, port, client_mode)
+        node = cls(identity, peers, key, arguments, client_mode)
         try:
-            await node._start(client_mode)
+            await node._start()
             await node._join()
         except BaseException:
             await node.close()
             raise
-        node._keeper = asyncio.create_task(node._keep_joined(client_mode))
+        node._keeper = asyncio.create_task(node._keep_joined())
         return node
 
     def __init__(
-        self, identity: Identity, peers: list[_Peer], key: SwarmKey | None, arguments: list[str]
+        self,
+        identity: Identity,
+        peers: list[_Peer],
+        key: SwarmKey | None,
+        arguments: list[str],
+        client_mode: bool,
     ) -> None:
         """Use `create`."""
         self.identity, self.key = identity, key
         self.clock_offset = 0.0  # seconds that the swarm's clock is ahead of ours
-        self._peers, self._arguments = peers, arguments
+        self._peers, self._arguments, self._client_mode = peers, arguments, client_mode
         self._daemon: Daemon | None = None
+        self._p2p: Any = None  # hivemind's connection to the daemon
         self._dht: DHTNode | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -116,7 +122,10 @@ class DhtNode:
                 if not dht.protocol.routing_table.uid_to_peer_id:
                     raise PeerUnavailable("no peer of the swarm answers any more")
             found: dict[str, Any] = await dht.get_many(list(keys), math.inf)
-        return {key: _values(found[key]) for key in keys}
+        return {
+            key: [entry.value for entry in found[key].value.values()] if found[key] else []
+            for key in keys
+        }
 
     async def visible_addresses(self) -> list[str]:
         """Multiaddrs at which others may join through us; loopback comes last."""
@@ -131,18 +140,18 @@ class DhtNode:
             await asyncio.wait([self._keeper])
         await self._stop()
 
-    async def _start(self, client_mode: bool) -> None:
+    async def _start(self) -> None:
         binary = Path(str(importlib.resources.files(hivemind_cli) / "p2pd"))
         try:
             self._daemon = await Daemon.start(binary, self.identity, self._arguments)
         except DaemonFailed as error:
             raise UsageError(f"the DHT does not start: {error}; check its host and port") from error
-        socket = Multiaddr(f"/unix{self._daemon.control}")
-        self._control = await ControlClient.create(
-            DaemonConnector(socket), use_persistent_conn=False
-        )
-        self._dht = await DHTNode.create(
-            await P2P.replicate(socket),
+        self._p2p = await P2P.replicate(Multiaddr(f"/unix{self._daemon.control}"))
+        control = self._p2p._client.control
+        # hivemind leaves these waiting for their time-outs
+        control._read_task.add_done_callback(lambda _: _give_up(control._pending_calls.values()))
+        dht = await DHTNode.create(
+            self._p2p,
             DHTID.generate(self.identity.peer_id),
             num_replicas=_REPLICAS,
             wait_timeout=_RPC_SECONDS,
@@ -151,11 +160,11 @@ class DhtNode:
             cache_on_store=False,
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
-            client_mode=client_mode,
+            client_mode=self._client_mode,
             record_validator=(validator := _Validator(self)),
             authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
         )
-        protocol: Any = self._dht.protocol
+        protocol: Any = dht.protocol
         # hivemind drops a whole answer for one bad record in it, with which anybody could hide all
         protocol._validate_dictionary = validator.drop_invalid
         make_stub = protocol.get_stub
@@ -166,13 +175,23 @@ class DhtNode:
             return stub
 
         protocol.get_stub = stub_for
+        self._dht = dht
+
+    def _running(self) -> DHTNode | None:
+        """None after the daemon has ended.
+
+        Or hivemind's task that reads from it: an answer does that if it comes in the moment in
+        which its question is given up.
+        """
+        return (
+            None if self._dht is None or self._p2p._client.control._read_task.done() else self._dht
+        )
 
     async def _stop(self) -> None:
-        if self._dht is not None:
-            p2p: Any = self._dht.protocol.p2p
-            self._dht = None
-            await p2p.shutdown()
-            control = p2p._client.control  # its tasks are cancelled, but not yet awaited
+        self._dht = None
+        if self._p2p is not None:
+            await self._p2p.shutdown()
+            control = self._p2p._client.control  # its tasks are cancelled, but not yet awaited
             await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
         if self._daemon is not None:
             await self._daemon.stop()
@@ -181,12 +200,12 @@ class DhtNode:
         if not self._peers:
             return
         addresses = ", ".join(peer.text for peer in self._peers)
-        reached, answered = await self._greet_all(self._peers)
-        if not reached:
+        answers = await self._greet_all(self._peers)
+        if answers == {None}:
             raise UsageError(
                 f"no peers reachable at {addresses}: check the addresses, and that they are up"
             )
-        if not answered:
+        if True not in answers:
             raise UsageError(f"the peers at {addresses} do not let us in: check the swarm key")
         async with self._working("join the DHT") as dht:
             await dht.find_nearest_nodes([dht.node_id])
@@ -202,28 +221,29 @@ class DhtNode:
         if abs(self.clock_offset) > 60:
             logger.warning("this machine's clock is %.0f s behind others'", self.clock_offset)
 
-    async def _greet_all(self, peers: Sequence[_Peer]) -> tuple[bool, bool]:
-        """Connect to peers at once; whether any was reached, and whether any let us in."""
+    async def _greet_all(self, peers: Sequence[_Peer]) -> set[bool | None]:
+        """Connect to all at once; what `_greet` says of those who were quick enough."""
         pending = {asyncio.create_task(self._greet(peer)) for peer in peers}
-        results: list[bool | None] = []
-        while pending:
-            done, pending = await asyncio.wait(
-                pending,
-                timeout=_STRAGGLER_SECONDS if True in results else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            results += [task.result() for task in done]
-            if not done:
-                break
-        for straggler in pending:
-            straggler.cancel()
-        return any(result is not None for result in results), True in results
+        answers: set[bool | None] = set()
+        try:
+            while pending:
+                wait = _STRAGGLER_SECONDS if True in answers else None
+                done, pending = await asyncio.wait(
+                    pending, timeout=wait, return_when=asyncio.FIRST_COMPLETED
+                )
+                answers |= {task.result() for task in done}
+                if not done:
+                    break
+        finally:
+            for straggler in pending:
+                straggler.cancel()
+        return answers
 
     async def _greet(self, peer: _Peer) -> bool | None:
         """None: not reached. False: reached, but it does not talk to us."""
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                await self._control.connect(peer.id, [peer.address])
+                await self._p2p._client.connect(peer.id, [peer.address])
         except (*_FAILURES, TimeoutError) as error:
             logger.info("no peer at %s: %s", peer.text, error or "timeout")
             return None
@@ -250,15 +270,15 @@ class DhtNode:
         offset = answer.dht_time - (asked + time.time()) / 2
         return offset if math.isfinite(offset) else 0.0
 
-    async def _keep_joined(self, client_mode: bool) -> None:
+    async def _keep_joined(self) -> None:
         """Bring back a daemon that died, and meet initial peers again after they came back."""
         while True:
             await asyncio.sleep(_REJOIN_SECONDS)
             try:
-                if self._daemon is not None and not self._daemon.alive:
+                if self._running() is None:
                     logger.warning("the DHT's daemon has ended: starting another one")
                     await self._stop()
-                    await self._start(client_mode)
+                    await self._start()
                 async with self._working("look for peers") as dht:
                     known = dht.protocol.routing_table.peer_id_to_uid
                 await self._greet_all([peer for peer in self._peers if peer.id not in known])
@@ -268,11 +288,14 @@ class DhtNode:
     @asynccontextmanager
     async def _working(self, what: str) -> AsyncGenerator[DHTNode, None]:
         """The running node, within a deadline, with hivemind's errors translated."""
-        if self._dht is None or self._daemon is None or not self._daemon.alive:
+        dht = self._running()
+        if dht is None:
             raise PeerUnavailable(f"could not {what}: its daemon has ended")
         try:
             async with asyncio.timeout(_OPERATION_SECONDS):
-                yield self._dht
+                yield dht
+                if self._running() is None:
+                    raise P2PDaemonError("its daemon has ended")
         except TimeoutError as error:
             raise PeerUnavailable(f"could not {what} in {_OPERATION_SECONDS:.0f} s") from error
         except _FAILURES as error:
@@ -377,8 +400,10 @@ class _Authorizer(AuthorizerBase):
         return hmac.compare_digest(self._stamp(kind, message), signature)
 
 
-def _values(found: Any) -> list[bytes]:
-    return [entry.value for entry in found.value.values()] if found is not None else []
+def _give_up(calls: Iterable[asyncio.Future[Any]]) -> None:
+    for call in calls:
+        if not call.done():
+            call.set_exception(P2PDaemonError("the daemon has ended"))
 
 
 def _daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:

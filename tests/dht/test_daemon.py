@@ -1,0 +1,50 @@
+"""p2pd as our child: it starts, it ends with us however that happens, and it leaves nothing."""
+
+import importlib.resources
+import stat
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from hivemind import hivemind_cli
+
+from swarm.dht.daemon import Daemon, DaemonFailed
+from swarm.loop import run
+from tests.dht.samples import ALICE
+
+P2PD = Path(str(importlib.resources.files(hivemind_cli) / "p2pd"))
+
+
+def left() -> tuple[int, list[str]]:
+    """Our open descriptors, and what lies in the temporary folder."""
+    names = sorted(path.name for path in Path(tempfile.gettempdir()).iterdir())
+    return psutil.Process().num_fds(), names
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_daemon_leaves_no_process_no_socket_and_no_descriptor(killed: bool) -> None:
+    async def scenario() -> None:
+        before = left()
+        for _ in range(3):
+            daemon = await Daemon.start(P2PD, ALICE, ["-noListenAddrs=1"])
+            (process,) = (p for p in psutil.Process().children() if p.name() == "p2pd")
+            assert stat.S_IMODE(daemon.control.stat().st_mode) == 0o700
+            if killed:
+                process.kill()
+            await daemon.stop()
+            await daemon.stop()
+            assert not process.is_running()
+            assert left() == before
+
+    run(scenario())
+
+
+def test_a_daemon_that_fails_says_why_and_leaves_nothing() -> None:
+    async def scenario() -> None:
+        before = left()
+        with pytest.raises(DaemonFailed, match=r"nonsense"):
+            await Daemon.start(P2PD, ALICE, ["-hostAddrs=nonsense"])
+        assert left() == before
+
+    run(scenario())
