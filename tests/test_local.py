@@ -201,7 +201,7 @@ def test_nothing_outlives_an_owner_that_is_killed() -> None:
     folder = Path(owner.stdout.readline().strip())
     assert folder.parent == Path(tempfile.gettempdir())
     family = [p for p in psutil.process_iter() if _folder_of(p) == str(folder)]
-    assert len(family) >= 6  # bootstrap node and server, each with p2pd and its guardian
+    assert len(family) >= 4  # bootstrap node and server, each with its p2pd
     guardians = psutil.Process(owner.pid).children()
     owner.kill()
     owner.wait()
