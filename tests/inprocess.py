@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,7 +32,6 @@ from swarm.wire import decode
 
 NOW = 1_700_000_000.0
 MODEL = ModelId("tiny", hashlib.sha256(b"tiny").hexdigest())
-QUICK = ClientTimeouts(connect=5.0, sync=0.5, step=2.0, recovery=3.0, refresh=0.01)
 STEADY = ClientTimeouts(connect=20.0, sync=20.0, step=20.0, recovery=20.0, refresh=0.01)
 
 Fits = Callable[[str, str, str, Message], bool]
@@ -185,7 +185,7 @@ class InProcessSwarm:
         span: Span,
         blocks: BlockRange,
         *,
-        timeouts: ClientTimeouts = QUICK,
+        timeouts: ClientTimeouts = STEADY,
         chunk_bytes: int = 1 << 20,
         key: SwarmKey | None = None,
         client: int = 99,
@@ -276,9 +276,11 @@ def span_of(model: Any, start: int, end: int) -> Span:
     """Blocks of a local model as a span; the model itself is left alone."""
     part = copy.deepcopy(model)
     strip(part, BlockRange(start, end))
-    return Span(part, BlockRange(start, end), _proof(model))
+    return Span(
+        part, BlockRange(start, end), _proof(type(model.config), model.config.to_json_string())
+    )
 
 
 @cache
-def _proof(model: Any) -> SplitProof:
-    return prove_split(model.config)
+def _proof(config: type[Any], fields: str) -> SplitProof:
+    return prove_split(config.from_dict(json.loads(fields)))

@@ -254,7 +254,9 @@ class RemoteBlocks(nn.Module):
         if extras:
             raise UsageError(f"{', '.join(extras)} cannot travel through the swarm yet")
         tokens = hidden.shape[1]
-        padding = None if attention_mask is None else attention_mask[:, -tokens:]
+        padding = None
+        if attention_mask is not None:  # of the new tokens alone, of which there may be none
+            padding = attention_mask[:, attention_mask.shape[1] - tokens :]
         if isinstance(past_key_values, RemoteCache):
             session = past_key_values.session
             return session.step(hidden, position_ids=position_ids, padding=padding)

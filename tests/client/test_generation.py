@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from swarm.client.generation import distributed_class
-from swarm.client.remote import RemoteBlocks
 from swarm.errors import UsageError
-from swarm.models.shell import make_shell
-from swarm.types import BlockRange
-from tests.inprocess import InProcessSwarm, span_of
-from tests.models.tiny import FAMILIES, LAYERS, VOCAB, tiny_model
-
-GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
-
-
-class Pair:
-    """A local model, and the same model through three servers with random cuts."""
-
-    def __init__(self, family: str, seed: int, **rope: Any) -> None:
-        self.local: Any = tiny_model(family, seed)
-        if rope:
-            weights = self.local.state_dict()
-            self.local.config.rope_parameters |= rope
-            self.local.config.max_position_embeddings = 16
-            self.local = type(self.local)(self.local.config).eval()
-            self.local.load_state_dict(weights)
-        self.local.generation_config.eos_token_id = None
-        self.swarm = InProcessSwarm()
-        one, two = sorted(random.Random(seed).sample(range(1, LAYERS), 2))
-        spans = [span_of(self.local, *ends) for ends in [(0, one), (one, two), (two, LAYERS)]]
-        for span in spans:
-            self.swarm.add(span)
-        self.blocks = self.swarm.blocks(spans[0], BlockRange(0, LAYERS), chunk_bytes=4096)
-        self.model = self._shell(self.blocks)
-
-    def _shell(self, blocks: RemoteBlocks) -> Any:
-        model = copy.deepcopy(self.local)
-        make_shell(model, blocks)
-        model.__class__ = distributed_class(type(model))
-        model.remote_blocks = blocks
-        return model
-
-    def same(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        """Both generate; the tokens must be identical. Returns them."""
-        torch.manual_seed(3)
-        expected = self.local.generate(ids, **GREEDY | options)
-        torch.manual_seed(3)
-        got = self.model.generate(ids, **GREEDY | options)
-        assert got.tolist() == expected.tolist()
-        return got
+from tests.client.pairs import GREEDY, Pair, prompt
+from tests.inprocess import span_of
+from tests.models.tiny import LAYERS, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +19,6 @@ def llama() -> Iterator[Pair]:
     pair = Pair("llama", seed=1)
     with pair.swarm:
         yield pair
-
-
-def prompt(rows: int = 1, tokens: int = 9, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (rows, tokens), generator=generator)
 
 
 @pytest.mark.parametrize(
@@ -90,20 +41,6 @@ def test_every_way_to_decode(llama: Pair, options: dict[str, Any]) -> None:
     llama.same(prompt(), **options)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_at_random_cuts(family: str) -> None:
-    pair = Pair(family, seed=FAMILIES.index(family))
-    ids, mask = prompt(rows=2, tokens=14), torch.ones(2, 14, dtype=torch.long)
-    ids[1, :5], mask[1, :5] = 0, 0
-    with pair.swarm:
-        pair.same(ids, attention_mask=mask)
-        pair.same(ids[:1], prompt_lookup_num_tokens=2)
-        with torch.no_grad():
-            expected = pair.local(ids, attention_mask=mask).logits[mask.bool()]
-            got = pair.model(ids, attention_mask=mask).logits[mask.bool()]
-    assert torch.allclose(got, expected, atol=1e-4)
-
-
 def test_frequencies_that_follow_the_length_survive_a_replay() -> None:
     """Dynamic NTK: numbers depend on how a text was cut, so a replay must cut it as before."""
     pair = Pair("llama", seed=2, rope_type="dynamic", factor=4.0)
@@ -124,7 +61,9 @@ def test_assistant_model(llama: Pair) -> None:
     assistant = tiny_model("llama", seed=1)  # agrees often: rollbacks of every length
     with torch.no_grad():
         assistant.lm_head.weight.add_(torch.randn_like(assistant.lm_head.weight) * 0.05)
-    llama.same(prompt(), assistant_model=assistant, max_new_tokens=20)
+    with llama.model.inference_session(max_length=64) as session:
+        llama.same(prompt(), assistant_model=assistant, max_new_tokens=20)
+        assert session.recoveries == 0, "a rollback costs a replay"
 
 
 def test_left_padded_batch_equals_each_prompt_alone(llama: Pair) -> None:
@@ -156,6 +95,7 @@ def test_a_session_rolls_back_and_takes_another_turn(llama: Pair) -> None:
         session.position = 5
         turn = prompt(tokens=4, seed=7)
         got = llama.model.generate(turn, **GREEDY)
+        assert session.recoveries == 0, "a rollback costs a replay"
     expected = llama.local.generate(torch.cat([prompt()[:, :5], turn], dim=1), **GREEDY)
     assert got.tolist() == expected[:, 5:].tolist()
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
-from swarm.client.generation import distributed_class
 from swarm.errors import CannotRewind
 from swarm.fakes import Fate
 from swarm.messages import Message, Output, Step
 from swarm.models.cache import SpanCache
-from swarm.models.shell import make_shell
-from tests.client.twins import THIRDS, WHOLE, House
+from tests.client.twins import THIRDS, House
 from tests.inprocess import STEADY, Server
-from tests.models.tiny import VOCAB
 
 TOKENS = 64
 BORDERS = (0, 2, 4)
@@ -37,38 +31,6 @@ def test_the_hop_in_use_may_die_before_any_position(house: House, hop: int) -> N
             twin.step()
             assert twin.session.recoveries == position + 1
             house.swarm.revive(dead)
-
-
-@pytest.mark.parametrize("hop", range(3))
-def test_generated_tokens_are_the_unbroken_ones(house: House, hop: int) -> None:
-    blocks = house.swarm.blocks(house.whole, WHOLE, timeouts=STEADY)
-    model: Any = copy.deepcopy(house.model)
-    make_shell(model, blocks)
-    model.__class__ = distributed_class(type(model))
-    model.remote_blocks = blocks
-    prompt = torch.randint(3, VOCAB, (1, 7), generator=torch.Generator().manual_seed(hop))
-    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-    expected = house.model.generate(prompt, **options)  # type: ignore[operator]
-
-    class Killer:
-        """A streamer: called before the prompt and after each token."""
-
-        dead: Server | None = None
-        calls = itertools.count()
-
-        def put(self, _: torch.Tensor) -> None:
-            if next(self.calls) % 3 == 1:
-                if self.dead is not None:
-                    house.swarm.revive(self.dead)
-                self.dead = house.swarm.serving(session, BORDERS[hop])
-                house.swarm.cut(self.dead)
-
-        def end(self) -> None: ...
-
-    with model.inference_session(max_length=64) as session:
-        got = model.generate(prompt, streamer=Killer(), **options)
-        assert session.recoveries == 8
-    assert got.tolist() == expected.tolist()
 
 
 # Between steps -----------------------------------------------------------------------------------
