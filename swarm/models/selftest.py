@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -82,33 +83,34 @@ def prove_split(config: PreTrainedConfig) -> SplitProof:
 
     Raises UnsupportedModel when they differ or when the family cannot be cut at all.
     """
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(SEED)
-        try:
+    threads = torch.get_num_threads()
+    try:
+        # So small a model gains nothing from more threads, and on a busy machine they wait for
+        # each other: two for two cores took 28 s instead of 0.7.
+        torch.set_num_threads(1)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(SEED)
             rehearsal = _Rehearsal(config)
             can_resume = rehearsal.resume()
             rehearsal.padding()
             can_rewind = rehearsal.rewind()
             return SplitProof(rehearsal.batch(), can_rewind, can_resume)
-        except UnsupportedModel:
-            raise
-        # Models fail in ways of their own when they are cut where they must not be.
-        except Exception as error:
-            kind = text_config(config).model_type
-            raise UnsupportedModel(f"'{kind}' models cannot be cut into spans: {error}") from error
-
-
-def small_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A random model of the family, with weights large enough for every part to show."""
-    kind = text_config(config).model_type
-    try:
-        small = shrink(config)
-        model = cast(Any, causal_class(small))._from_config(small, dtype=torch.float32).eval()
-    # Whatever a stranger's config makes transformers raise, it means the same: refuse.
+    except UnsupportedModel:
+        raise
+    # Strangers' configs, and models cut where they must not be, make transformers raise anything.
     except Exception as error:
+        kind = text_config(config).model_type
         raise UnsupportedModel(
-            f"no small '{kind}' model could be built to test: {error}"
+            f"'{kind}' models cannot be proven to work in spans: {error}"
         ) from error
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _small_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A random model of the family, with weights large enough for every part to show."""
+    small = shrink(config)
+    model = cast(Any, causal_class(small))._from_config(small, dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
@@ -121,27 +123,23 @@ class _Rehearsal:
     """One small model, whole and cut, and the same texts for both."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
-        self.kind: str = text_config(config).model_type
-        self.whole = small_model(config)
-        self.count: int = text_config(self.whole.config).num_hidden_layers
+        self.whole = _small_model(config)
         self.whole_passes = depends_on_pass(self.whole.config)
         self.span = self._span()
-        self.chain = ChainedSpans(self._single_blocks(), max_length=2 * TEXT)
+        # The finest cut: whatever one block hands to the next besides hidden states is lost.
+        singles = [BlockRange(i, i + 1) for i in range(len(self.span.blocks))]
+        self.chain = ChainedSpans([(self.span, block) for block in singles], max_length=2 * TEXT)
         self.shell = copy.deepcopy(self.whole)
         make_shell(self.shell, self.chain)
         self.cache_argument = cache_argument(self.whole.forward)
         self.ids = torch.randint(3, VOCAB, (2, TEXT))
         self.positioned = "position_ids" in inspect.signature(self.whole.forward).parameters
 
-    def _span(self, *, can_batch: bool = False, can_resume: bool = True) -> Span:
+    def _span(self, *, can_batch: bool = False) -> Span:
         model = copy.deepcopy(self.whole)
-        blocks = BlockRange(0, self.count)
+        blocks = BlockRange(0, model.config.num_hidden_layers)
         strip(model, blocks)
-        return Span(model, blocks, SplitProof(can_batch, can_rewind=True, can_resume=can_resume))
-
-    def _single_blocks(self) -> list[tuple[Span, BlockRange]]:
-        """The finest cut: whatever one block hands to the next besides hidden states is lost."""
-        return [(self.span, BlockRange(i, i + 1)) for i in range(self.count)]
+        return Span(model, blocks, SplitProof(can_batch, can_rewind=True))
 
     def resume(self) -> bool:
         """Prefill and decode; whether a forward may add several tokens to what is held."""
@@ -150,8 +148,7 @@ class _Rehearsal:
         can_resume = self.whole_passes or _close(self._whole(pieces), once, ALIKE)
         if not can_resume:
             pieces = (7, *[1] * (TEXT - 7))
-            self.span = self._span(can_resume=False)
-            self.chain.links = self._single_blocks()
+            self.span.proof = replace(self.span.proof, can_resume=False)
         self._agree("one token after another", self._cut(pieces), self._whole(pieces))
         return can_resume
 
@@ -175,7 +172,7 @@ class _Rehearsal:
             cache.crop_to(0)
         kept, ids = cache.length, torch.cat([self.ids[:, :5], self.ids.flip(1)[:, 5:]], dim=1)
         pieces = (kept, TEXT - kept) if kept else (TEXT,)
-        expected = self._passes(self.whole, self._their_cache(), ids, pieces)[:, kept:]
+        expected = self._whole(pieces, ids=ids)[:, kept:]
         self._agree("rewind", self._passes(self.shell, cache, ids[:, kept:], pieces[-1:]), expected)
         return kept > 0
 
@@ -214,16 +211,16 @@ class _Rehearsal:
             results += [outputs[0][mask[:, now]], *outputs[1:]]
         return results
 
-    def _whole(self, pieces: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
+    def _whole(
+        self, pieces: tuple[int, ...], mask: Tensor | None = None, ids: Tensor | None = None
+    ) -> Tensor:
         """Logits by transformers alone, in the same passes: numerics differ between pieces."""
-        return self._passes(self.whole, self._their_cache(), self.ids, pieces, mask)
+        cache = DynamicCache(config=self.whole.config)
+        return self._passes(self.whole, cache, self.ids if ids is None else ids, pieces, mask)
 
     def _cut(self, pieces: tuple[int, ...], mask: Tensor | None = None) -> Tensor:
         """The same through single blocks, with a neighbour's session in between."""
         return self._passes(self.shell, self.chain.open(2), self.ids, pieces, mask)
-
-    def _their_cache(self) -> Cache:
-        return DynamicCache(config=self.whole.config)
 
     def _passes(
         self,
@@ -257,8 +254,9 @@ class _Rehearsal:
     def _agree(self, what: str, got: Tensor, expected: Tensor) -> None:
         if not _close(got, expected):
             error = (got - expected).abs().max().item()
+            kind = self.whole.config.model_type
             raise UnsupportedModel(
-                f"'{self.kind}' models give other numbers when they are cut ({what}: "
+                f"'{kind}' models give other numbers when they are cut ({what}: "
                 f"off by {error:.1e}), so they cannot be served"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -87,9 +88,17 @@ def test_something_carried_from_block_to_block_is_found_out(
         prove_split(AutoConfig.for_model("llama"))
 
 
-def test_proving_disturbs_nobodys_random_numbers() -> None:
+@pytest.mark.parametrize("family", ["llama", "ctrl"])  # one that is proven, one that is refused
+def test_proving_disturbs_nobodys_random_numbers_nor_threads(family: str) -> None:
+    threads = torch.get_num_threads()
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    prove_split(AutoConfig.for_model("llama"))
+    try:
+        torch.set_num_threads(3)
+        with suppress(UnsupportedModel):
+            prove_split(AutoConfig.for_model(family))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(torch.rand(2), expected)
