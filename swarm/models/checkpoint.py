@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -26,33 +25,16 @@ from swarm.models.manifest import (
 
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
     "chat_template.jinja",
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-class _Source(Protocol):
-    """Where files come from; everything here raises CheckpointError."""
-
-    @property
-    def files(self) -> Collection[str]: ...
-    def path(self, name: str) -> Path: ...
-    def digests(self, names: Collection[str]) -> dict[str, str]: ...
-    def tensor_names(self, name: str) -> set[str]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A local folder; its digests are computed from what lies in it."""
+    """A local folder, with what `HubRepo` offers; digests are computed from what lies in it."""
 
     folder: Path
     files: frozenset[str]
@@ -70,6 +52,9 @@ class _Folder:
 
     def tensor_names(self, name: str) -> set[str]:
         return read_tensor_names(self.folder / name)
+
+
+_Source = _Folder | HubRepo
 
 
 @dataclass(frozen=True)
@@ -127,8 +112,8 @@ class Checkpoint:
             path = paths[name] = self._source.path(name)
             if digest_files({name: path})[name] != self._digests[name]:
                 raise self._distrust(path)
-            absent = {t for t, file in self.tensor_files.items() if file == name}
-            if absent := absent - read_tensor_names(path):
+            promised = {t for t, file in self.tensor_files.items() if file == name}
+            if absent := promised - read_tensor_names(path):
                 raise CheckpointError(
                     f"{path} lacks {min(absent)}, which the index of '{self.name}' promises: "
                     "download or save the model again"

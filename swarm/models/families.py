@@ -15,17 +15,8 @@ from swarm.errors import UnsupportedModel
 
 # Families whose blocks return a tuple where the others return the hidden states alone.
 TUPLE_BLOCKS = frozenset(
-    {
-        "bamba",
-        "bloom",
-        "codegen",
-        "falcon",
-        "falcon_h1",
-        "glm_moe_dsa",
-        "gpt_neo",
-        "gpt_neox_japanese",
-    }
-    | {"gptj", "hy_v4", "mpt", "trocr"}
+    {"bamba", "bloom", "codegen", "falcon", "falcon_h1", "glm_moe_dsa", "gpt_neo", "gptj", "hy_v4"}
+    | {"gpt_neox_japanese", "mpt", "trocr"}
 )
 
 
@@ -90,28 +81,17 @@ def sliced_config(config: PreTrainedConfig, start: int, end: int) -> PreTrainedC
     return view
 
 
-def rope_types(config: PreTrainedConfig) -> set[str]:
-    """Names of the position schemes in use, for example {"default"} or {"longrope"}."""
-    found: set[str] = set()
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            kind = value.get("rope_type", value.get("type"))
-            if isinstance(kind, str):
-                found.add(kind)
-            for inner in value.values():
-                walk(inner)
-
-    walk(getattr(config, "rope_parameters", None))
-    return found
-
-
 def depends_on_pass(config: PreTrainedConfig) -> bool:
     """Whether frequencies follow the longest position of a forward (dynamic NTK, longrope).
 
     Such models must see a text in the same pieces as the reference, and never share a pass.
     """
-    return any("dynamic" in kind or kind == "longrope" for kind in rope_types(text_config(config)))
+    rope: Any = getattr(text_config(config), "rope_parameters", None)
+    if not isinstance(rope, dict):
+        return False
+    schemes = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    kinds = [str(scheme.get("rope_type", scheme.get("type"))) for scheme in schemes]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 def caches_latents(config: PreTrainedConfig) -> bool:

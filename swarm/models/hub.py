@@ -7,14 +7,13 @@ land in its cache, where other programs find them.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -34,11 +33,12 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from swarm.errors import CheckpointError
 from swarm.models.manifest import (
-    cache_folder,
+    CONFIG_FILE,
     digest_files,
     is_sha256,
+    note_path,
     read_tensor_names,
-    write_cached,
+    write_note,
 )
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -47,9 +47,14 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class _Unreachable(CheckpointError):
     """The hub does not answer; what is on disk may do."""
 
+    def __init__(self, repo: str, what: str) -> None:
+        super().__init__(
+            f"{constants.ENDPOINT} cannot be reached and {what} of '{repo}' is not in the cache: "
+            "check the network (or HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder"
+        )
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
+
+class RemoteFile(NamedTuple):
     """One file of a repo; `sha256` is known without reading it when git LFS stores it."""
 
     size: int | None = None  # bytes
@@ -70,23 +75,20 @@ class HubRepo:
         """One API call; without a network, what an earlier call or the cache says instead."""
         revision = revision or constants.DEFAULT_REVISION
         key = f"{constants.ENDPOINT}\n{repo}\n{revision}"
-        note = cache_folder() / "listings" / hashlib.sha256(key.encode()).hexdigest()
+        note = note_path("listings", key)
         try:
-            commit, files = _ask(repo, revision, token)
-            listing = {name: (file.size, file.sha256) for name, file in files.items()}
-            write_cached(note, json.dumps([commit, listing]).encode())
+            found = _ask(repo, revision, token)
+            write_note(note, json.dumps(found).encode())
         except _Unreachable:
             found = _remembered(note) or _cached(repo, revision)
             if found is None:
                 raise
-            commit, files = found
-        return cls(repo, commit, files, token)
+        return cls(repo, *found, token)
 
     def path(self, name: str) -> Path:
         """The file in the cache; fetched first where it is not there. Raises CheckpointError."""
-        cached = try_to_load_from_cache(self.repo, name, constants.HF_HUB_CACHE, self.commit)
-        if isinstance(cached, str):
-            return Path(cached)
+        if cached := _in_cache(self.repo, name, self.commit):
+            return cached
         with _explained(self.repo, name):
             self._fetch_resumably(name)
             # Links what is already in the cache, and fetches itself what git LFS does not store.
@@ -108,9 +110,8 @@ class HubRepo:
 
     def tensor_names(self, name: str) -> set[str]:
         """Names in a safetensors header, for which only the header is fetched."""
-        cached = try_to_load_from_cache(self.repo, name, constants.HF_HUB_CACHE, self.commit)
-        if isinstance(cached, str):
-            return read_tensor_names(Path(cached))
+        if cached := _in_cache(self.repo, name, self.commit):
+            return read_tensor_names(cached)
         with _explained(self.repo, name):
             try:
                 header = HfApi(token=self.token).parse_safetensors_file_metadata(
@@ -203,14 +204,18 @@ def _remembered(note: Path) -> tuple[str, dict[str, RemoteFile]] | None:
 
 def _cached(repo: str, revision: str) -> tuple[str, dict[str, RemoteFile]] | None:
     """What another program left in the cache; a blob of git LFS is named by its SHA-256."""
-    config = try_to_load_from_cache(repo, "config.json", constants.HF_HUB_CACHE, revision)
-    if not isinstance(config, str):
+    config = _in_cache(repo, CONFIG_FILE, revision)
+    if config is None:
         return None
-    folder = Path(config).parent
-    blobs = {path.name: path.resolve().name for path in folder.iterdir()}
-    return folder.name, {
+    blobs = {path.name: path.resolve().name for path in config.parent.iterdir()}
+    return config.parent.name, {
         name: RemoteFile(None, blob if is_sha256(blob) else None) for name, blob in blobs.items()
     }
+
+
+def _in_cache(repo: str, name: str, revision: str) -> Path | None:
+    path = try_to_load_from_cache(repo, name, constants.HF_HUB_CACHE, revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 @contextmanager
@@ -230,18 +235,18 @@ def _explained(repo: str, what: str) -> Generator[None]:
             "is private"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _unreachable(repo, what) from error
+        raise _Unreachable(repo, what) from error
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise CheckpointError(f"'{repo}' has no {what}: choose one that {hub} lists") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status >= 500:
-            raise _unreachable(repo, what) from error
+            raise _Unreachable(repo, what) from error
         raise CheckpointError(
             f"{hub} answered {status} for {what} of '{repo}': check HF_TOKEN, or try again later"
         ) from error
     except (HTTPError, ConnectionError) as error:
-        raise _unreachable(repo, what) from error
+        raise _Unreachable(repo, what) from error
     except OSError as error:
         if error.errno is None:  # http_get's complaint about a size
             raise CheckpointError(
@@ -256,10 +261,3 @@ def _explained(repo: str, what: str) -> Generator[None]:
             f"{what} of '{repo}' cannot be kept in {constants.HF_HUB_CACHE} "
             f"({error.strerror}): check that folder, or set HF_HOME to another"
         ) from error
-
-
-def _unreachable(repo: str, what: str) -> _Unreachable:
-    return _Unreachable(
-        f"{constants.ENDPOINT} cannot be reached and {what} of '{repo}' is not in the cache: "
-        "check the network (or HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder"
-    )

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as hf_logging
 
 from swarm.errors import CheckpointError, UnsupportedModel, UsageError
+from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import causal_class, text_config
 from swarm.models.selftest import prove_split
 from swarm.models.shell import RemoteStack, make_shell
@@ -34,22 +35,8 @@ from swarm.types import BlockRange
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
-class Weights(Protocol):
-    """The part of `Checkpoint` that loading needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def config(self) -> PreTrainedConfig: ...
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def tensor_files(self) -> Mapping[str, str]: ...
-    def fetch(self, files: Collection[str]) -> Mapping[str, Path]: ...
-
-
 def load_span(
-    checkpoint: Weights,
+    checkpoint: Checkpoint,
     blocks: BlockRange,
     *,
     dtype: torch.dtype,
@@ -71,7 +58,7 @@ def load_span(
 
 
 def load_shell(
-    checkpoint: Weights,
+    checkpoint: Checkpoint,
     auto_class: Any,
     remote: RemoteStack,
     *,
@@ -88,7 +75,7 @@ def load_shell(
 
 
 def _load(
-    checkpoint: Weights,
+    checkpoint: Checkpoint,
     cls: type[PreTrainedModel],
     prune: Callable[[PreTrainedModel], None],
     dtype: torch.dtype,

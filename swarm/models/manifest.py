@@ -40,14 +40,14 @@ def is_sha256(text: object) -> bool:
     return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
-def cache_folder() -> Path:
-    """Where swarm keeps what it can compute again: `$SWARM_CACHE`, else `~/.cache/swarm`."""
-    if chosen := os.environ.get("SWARM_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarm"
+def note_path(kind: str, key: str) -> Path:
+    """Where to keep what can be computed again: in `$SWARM_CACHE`, else in `~/.cache/swarm`."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "swarm"
+    folder = Path(os.environ.get("SWARM_CACHE") or usual).expanduser()
+    return folder / kind / hashlib.sha256(key.encode()).hexdigest()
 
 
-def write_cached(path: Path, data: bytes) -> None:
+def write_note(path: Path, data: bytes) -> None:
     """Write a whole file or nothing; a cache that cannot be written is no error."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _hash(path: Path, bar: tqdm) -> str:
             bar.update(len(chunk))
     # A file written within one tick of the file system's clock could change again unseen.
     if note == _note(path) and time.time_ns() - path.stat().st_mtime_ns > _SETTLED_NS:
-        write_cached(note, digest.hexdigest().encode())
+        write_note(note, digest.hexdigest().encode())
     return digest.hexdigest()
 
 
@@ -103,7 +103,7 @@ def _note(path: Path) -> Path:
     path = path.resolve()
     stat = path.stat()
     key = f"{path}\n{stat.st_size}\n{stat.st_mtime_ns}\n{stat.st_ctime_ns}"
-    return cache_folder() / "digests" / hashlib.sha256(key.encode()).hexdigest()
+    return note_path("digests", key)
 
 
 def read_object(path: Path, limit: int) -> dict[str, object]:

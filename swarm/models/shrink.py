@@ -88,25 +88,16 @@ def _shrink_fields(fields: dict[str, Any], chosen: list[int], count: int) -> dic
 
 
 def _choose_layers(fields: dict[str, Any], count: int) -> list[int]:
-    chosen = set(range(min(MIN_LAYERS, count)))
+    firsts: list[int] = []  # of their kind
     for value in fields.values():
         if isinstance(value, list | tuple) and len(value) == count:
-            firsts = [value.index(kind) for kind in _distinct(value)]
-            chosen.update(near for i in firsts for near in (i, i + 1) if near < count)
-    shared = fields.get("num_kv_shared_layers") or 0
-    chosen.update(range(count - shared, min(count, count - shared + MIN_LAYERS + 1)))
+            firsts += [i for i, kind in enumerate(value) if value.index(kind) == i]
     for name in _LAYER_NUMBERS & fields.keys():
-        numbers = [i for i in fields[name] or () if i < count][:1]
-        chosen.update(near for i in numbers for near in (i, i + 1) if near < count)
-    return sorted(chosen)[:MAX_LAYERS]
-
-
-def _distinct(values: list[Any] | tuple[Any, ...]) -> list[Any]:
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+        firsts += [i for i in fields[name] or () if i < count][:1]
+    shared = count - (fields.get("num_kv_shared_layers") or 0)
+    chosen = {*range(MIN_LAYERS), *range(shared, shared + MIN_LAYERS + 1)}
+    chosen.update(near for i in firsts for near in (i, i + 1))
+    return sorted(i for i in chosen if i < count)[:MAX_LAYERS]
 
 
 def _shrink_field(name: str, value: Any, chosen: list[int], count: int) -> Any:
