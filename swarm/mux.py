@@ -29,6 +29,7 @@ BULK_BYTES = 1 << 15  # larger frames go by the second connection
 _MESSAGE_BYTES = 1 << 18  # a message that has grown to this takes no more frames
 _MESSAGE_FRAMES = 512
 _QUEUED_BYTES = 4 << 20  # whoever sends waits while more than this has not left
+_UNREAD_BYTES = 4 * MAX_FRAME_BYTES  # of one stream; who lets more come loses it
 _EARLY_FRAMES = 256  # of one stream, that overtook others on the other connection
 _STREAMS = 1 << 14  # of one link
 
@@ -39,7 +40,7 @@ class Kind(IntEnum):
     DATA = 0  # payload: the frame itself
     OPEN = 1  # payload: the method; only from the end that dialled
     END = 2  # nothing more will come from here; from the end that was dialled: the stream is over
-    RESET = 3  # the stream broke; overtakes what is queued
+    RESET = 3  # the stream broke, instead of all that had not left; payload: why
 
 
 class Pipe(Protocol):
@@ -72,7 +73,9 @@ class Channel:
     def __init__(self, link: Link, number: int) -> None:
         self._link = link
         self._number = number
+        self.handler: asyncio.Task[None] | None = None  # cancelled when the stream breaks
         self._frames: deque[bytes] = deque()
+        self._unread = 0
         self._early: dict[int, tuple[Kind, bytes]] = {}
         self._expected = 0
         self._sent = 0
@@ -100,6 +103,7 @@ class Channel:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         frame = self._frames.popleft()
+        self._unread -= len(frame)
         self._link.take(len(frame))
         return frame
 
@@ -112,12 +116,11 @@ class Channel:
         if self._they_ended:
             self._link.forget(self._number)
 
-    def cancel(self) -> None:
+    def cancel(self, why: str = "the stream is closed") -> None:
         if self._error is None:
-            self._error = self._closed()
-            self._link.reset(self._number)
+            self._link.reset(self._number, why.encode())
+            self.fail(PeerUnavailable(f"{self._link.where}: {why}"))
         self._drop()
-        self._wake()
 
     def close(self) -> None:
         """Whoever answered is through: what was sent still arrives, what comes is dropped."""
@@ -137,6 +140,9 @@ class Channel:
         if not self._expected <= sequence <= self._expected + _EARLY_FRAMES:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, f"frame {sequence} is out of turn")
         self._early[sequence] = kind, payload
+        self._unread += len(payload)
+        if self._unread > _UNREAD_BYTES:
+            self.cancel("too much came that nobody reads")
         while (due := self._early.pop(self._expected, None)) is not None:
             self._expected += 1
             if due[0] is Kind.DATA:
@@ -153,11 +159,13 @@ class Channel:
         """Nothing more will come; what has come can still be read."""
         if self._error is None:
             self._error = error
+            if self.handler is not None and self.handler is not asyncio.current_task():
+                self.handler.cancel()
         self._wake()
 
     def _drop(self) -> None:
-        unread = [*self._frames, *(payload for _, payload in self._early.values())]
-        self._link.take(sum(map(len, unread)))
+        self._link.take(self._unread)
+        self._unread = 0
         self._frames.clear()
         self._early.clear()
 
@@ -204,7 +212,7 @@ class Link:
         where: str,
         gauge: Gauge,
         accept: Callable[[str, Channel], None] | None = None,
-        want_bulk: Callable[[], None] | None = None,
+        want_bulk: Callable[[], object] | None = None,
     ) -> None:
         """`accept` takes the streams that the other end opens; the end that dialled has none, and
         may be asked by `want_bulk`, once, for the second connection."""
@@ -241,6 +249,8 @@ class Link:
 
         Raises SwarmError: why.
         """
+        if self.error is not None:
+            raise self.error
         if bulk:
             self._lanes = [self._lanes[0], _Lane()]
         lane = self._lanes[-1]
@@ -297,14 +307,14 @@ class Link:
         self.queued += len(payload)
         self._lanes[-1 if bulk else 0].put(number, sequence, kind, payload)
 
-    def reset(self, number: int) -> None:
+    def reset(self, number: int, why: bytes) -> None:
         """Tell the other end that a stream broke, instead of what it would have been told."""
         for lane in self._lanes:
             kept = [frame for frame in lane.queue if frame[0] != number]
             self.queued -= sum(len(f[3]) for f in lane.queue) - sum(len(f[3]) for f in kept)
             lane.queue = deque(kept)
         self._room.set()
-        self.post(number, 0, Kind.RESET, b"")
+        self.post(number, 0, Kind.RESET, why)
         self._channels.pop(number, None)
 
     def forget(self, number: int) -> None:
@@ -352,7 +362,8 @@ class Link:
             self._last = max(self._last, number if self._accept else 0)
             if channel is not None:
                 self.forget(number)
-                channel.fail(PeerUnavailable(f"{self.where}: the other end broke the stream"))
+                why = "".join(filter(str.isprintable, payload[:200].decode(errors="replace")))
+                channel.fail(PeerUnavailable(f"{self.where}: {why}"))
             return
         if channel is None:
             if number <= self._last:

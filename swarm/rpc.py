@@ -8,15 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+import secrets
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 from swarm.certificates import Certificate, check_certificate, fetch_certificate, target_name
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError, UsageError
 from swarm.messages import Refused
-from swarm.transport import CallHandler, Endpoint, Service, Stream, StreamHandler, Transport
-from swarm.wire import MAX_FRAME_BYTES, encode
+from swarm.mux import MAX_MESSAGE_BYTES, Channel, Gauge, Kind, Link
+from swarm.transport import Endpoint, Service, Stream, StreamHandler, Transport
+from swarm.wire import encode, pack, unpack
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr what we raise
 
@@ -26,18 +27,22 @@ import grpc.aio
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-_Lane = tuple[Endpoint, str]  # pushes do not wait behind other streams to the same peer
+_Read = Callable[[], Coroutine[Any, Any, Any]]
+_Write = Callable[[bytes], Coroutine[Any, Any, None]]
 
-_MAX_CHANNELS = 256  # kept for reuse; one that still carries streams lives on without us
+_MAX_LINKS = 256  # kept for reuse; one that still carries streams lives on without us
+_IDLE_SECONDS = 60.0  # after one to two of these a link without streams is closed
+_HELLO_SECONDS = 10.0  # in which a connection must say what it is for
+_HELLO_BYTES = 64
+_UNREAD_BYTES = 512 << 20  # that came and that no handler has taken yet, over all links
 _GRPC_ERRORS = (grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 _EOF: Any = cast(Any, grpc.aio).EOF
 _BUSY = encode(
     Refused(code=ErrorCode.BUSY, message="this server has too many streams", retry_after=1.0)
 )
-_BREAK_TIMEOUT = 1.0  # seconds in which a broken stream's peer is told, if it reads at all
 
 _COMMON_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A compressed frame may unpack to any size after its length was checked: take none.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.per_message_decompression", 0),
@@ -58,145 +63,57 @@ _CLIENT_OPTIONS: list[tuple[str, Any]] = [
     *_COMMON_OPTIONS,
     ("grpc.keepalive_time_ms", 15_000),
     ("grpc.client_idle_timeout_ms", 60_000),
-    # Else all channels to one server share one connection, and steps wait behind bulk.
+    # Else all channels to one server share one connection, and a link's second one is none.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),  # http_proxy in the environment is not meant for peers
 ]
 
 
 class _Pipe:
-    """One gRPC stream, either end. Several tasks may send, one may receive.
+    """One gRPC stream, either end, for a link: one task reads, one writes, both end with it."""
 
-    A cancelled `receive` loses nothing: the read goes on in a task of its own (+20 us), since gRPC
-    would break the stream (client) or lose the frame (server). A cancelled `send` breaks it.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[], Coroutine[Any, Any, Any]],
-        write: Callable[[bytes], Coroutine[Any, Any, None]],
-        where: str,
-    ) -> None:
+    def __init__(self, read: _Read, write: _Write, where: str) -> None:
         self._read = read
         self._write = write
-        self._where = where
-        self._reading: asyncio.Task[Any] | None = None
-        self._turn = asyncio.Lock()  # gRPC takes one write at a time
-        self._closed = False  # nothing more will be sent
-        self._broken = False
+        self.where = where
 
-    async def send(self, frame: bytes) -> None:
-        async with self._turn:
-            if self._closed:
-                raise self._gone()
-            try:
-                await self._write(frame)
-            except asyncio.CancelledError:
-                self._abandon()
-                raise
-            except _GRPC_ERRORS as error:
-                raise await self._why(error) from error
-
-    async def receive(self) -> bytes | None:
-        if self._broken:
-            raise self._gone()
-        if self._reading is None:
-            self._reading = asyncio.create_task(self._read())
-        reading = self._reading
+    async def send(self, message: bytes) -> None:
         try:
-            frame = await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            if not reading.cancelled():
-                raise  # we are cancelled, the read is not
-            raise self._gone() from None  # gRPC's way to say so
+            await self._write(message)
         except _GRPC_ERRORS as error:
             raise await self._why(error) from error
-        if frame is _EOF:
-            return None  # for ever: the task is kept
-        self._reading = None
-        return cast(bytes, frame)
+
+    async def receive(self) -> bytes | None:
+        try:
+            message = await self._read()
+        except _GRPC_ERRORS as error:
+            raise await self._why(error) from error
+        return None if message is _EOF else cast(bytes, message)
 
     async def _why(self, error: Exception) -> SwarmError:
         if isinstance(error, grpc.aio.AioRpcError):
-            return _translate(error.code(), error.details(), self._where)
-        return self._gone()
-
-    def _gone(self) -> PeerUnavailable:
-        return PeerUnavailable(f"{self._where}: the stream is closed")
-
-    def _abandon(self) -> None:
-        """Whatever still runs is of no interest any more."""
-        self._closed = self._broken = True
-        if self._reading is not None:
-            self._reading.add_done_callback(_forget)
-            self._reading.cancel()
+            return _translate(error.code(), error.details(), self.where)
+        return PeerUnavailable(f"{self.where}: the stream is closed")
 
 
-class _ClientStream(_Pipe):
+class _DialledPipe(_Pipe):
     """A stream that we opened."""
 
-    def __init__(self, call: Any, where: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, where: str) -> None:
+        self._channel = channel
+        self.call: Any = channel.stream_stream("/swarm/link")()
         # `call.write` would do more than fail if the peer has ended the stream: it would make all
         # reads fail, too, and a refusal that has arrived could not be read any more.
-        super().__init__(call.read, call._cython_call.send_serialized_message, where)
-        self._call = call
-        self._channel = channel  # gRPC closes a channel that nobody refers to
+        super().__init__(self.call.read, self.call._cython_call.send_serialized_message, where)
+
+    async def close(self) -> None:
+        self.call.cancel()
+        await self._channel.close()
 
     async def _why(self, error: Exception) -> SwarmError:
-        if self._call.done():  # a write to a stream that has ended does not say why it did
-            return _translate(await self._call.code(), await self._call.details(), self._where)
+        if self.call.done():  # a write to a stream that has ended does not say why it did
+            return _translate(await self.call.code(), await self.call.details(), self.where)
         return await super()._why(error)
-
-    async def finish(self) -> None:
-        async with self._turn:
-            self._closed = True
-            try:
-                await self._call.done_writing()
-            except _GRPC_ERRORS as error:
-                raise await self._why(error) from error
-
-    def cancel(self) -> None:
-        self._abandon()
-
-    def _abandon(self) -> None:
-        super()._abandon()
-        self._call.cancel()
-
-
-class _ServerStream(_Pipe):
-    """A stream that a peer opened; a break on its side may also look like its polite end.
-
-    It ends when its handler does, which is also when `finish` and `cancel` have their effect.
-    """
-
-    def __init__(self, context: Any) -> None:
-        super().__init__(context.read, context.write, f"peer at {context.peer()}")
-        self._context = context
-        self._handler = asyncio.current_task()
-
-    async def finish(self) -> None:
-        self._closed = True
-
-    def cancel(self) -> None:
-        self._abandon()
-        if self._handler is not None and asyncio.current_task() is not self._handler:
-            self._handler.cancel()
-
-    async def end(self, defect: bool) -> None:
-        """The handler is over: leave nothing running, and tell the peer if the stream broke."""
-        broken = self._broken or defect
-        self._abandon()
-        if not broken:
-            return
-        try:
-            async with asyncio.timeout(_BREAK_TIMEOUT):
-                await self._context.abort(
-                    grpc.StatusCode.CANCELLED,
-                    "internal error" if defect else "broken by the server",
-                )
-        except (TimeoutError, grpc.aio.InternalError):
-            # The peer has left, or does not read: gRPC tells it as soon as it does.
-            raise asyncio.CancelledError from None
 
 
 class RpcServer:
@@ -206,6 +123,8 @@ class RpcServer:
         self._service = service
         self._max_streams = max_streams
         self._running: set[asyncio.Task[Any]] = set()
+        self._links: dict[bytes, Link] = {}
+        self._gauge = Gauge(_UNREAD_BYTES)
         self._server: grpc.aio.Server | None = None
         self._credentials: grpc.ServerCertificateConfiguration | None = None
 
@@ -217,11 +136,8 @@ class RpcServer:
             cast(Any, self._credentials), lambda: cast(Any, self._credentials)
         )
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        stream, call = grpc.stream_stream_rpc_method_handler, grpc.unary_unary_rpc_method_handler
         methods: dict[str, Any] = {
-            "session": stream(cast(Any, self._streams(self._service.session))),
-            "push": stream(cast(Any, self._streams(self._service.push))),
-            "info": call(cast(Any, self._calls(self._service.info))),
+            "link": grpc.stream_stream_rpc_method_handler(cast(Any, self._link))
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("swarm", methods),))
         try:
@@ -243,129 +159,210 @@ class RpcServer:
 
     async def stop(self, grace: float) -> None:
         """No new streams; those that have not ended after `grace` seconds are cancelled."""
-        if self._server is not None:
-            await self._server.stop(grace)
-            self._server = None
+        server, self._server = self._server, None
+        if server is None:
+            return
+        self._max_streams = 0
+        if self._running and grace:
+            await asyncio.wait(self._running, timeout=grace)
+        await server.stop(0)
+        for task in self._running:
+            task.cancel()
         if self._running:
             await asyncio.wait(self._running)
 
-    def _streams(self, handler: StreamHandler) -> Callable[[Any, Any], Awaitable[None]]:
-        async def serve(_: Any, context: Any) -> None:
-            stream = _ServerStream(context)
-            if not self._enter():
-                await stream.send(_BUSY)
+    async def _link(self, _: Any, context: Any) -> None:
+        """One connection of a link, as long as it stands."""
+        pipe = _Pipe(context.read, context.write, f"peer at {context.peer()}")
+        try:
+            async with asyncio.timeout(_HELLO_SECONDS):
+                link_id, bulk = _read_hello(await pipe.receive())
+            if bulk:
+                if link_id not in self._links:
+                    raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "no such link")
+                await self._links[link_id].carry(pipe, bulk=True)
                 return
-            defect = False
+            if link_id in self._links:
+                raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "this link is up already")
+            if len(self._links) >= self._max_streams:
+                raise RemoteProtocolError(ErrorCode.BUSY, "too many links")
+            self._links[link_id] = link = Link(pipe.where, self._gauge, accept=self._accept)
             try:
-                await handler(stream)
-            except SwarmError as error:  # the handler has told the peer what the peer may know
-                logger.debug("a stream ended: %s", error)
-            except Exception:  # one stranger's stream must not disturb the others
-                logger.exception("a defect ended a stream")
-                defect = True
+                await link.carry(pipe)
             finally:
-                await stream.end(defect)
+                del self._links[link_id]
+        except TimeoutError:
+            logger.debug("%s said nothing", pipe.where)
+        except RemoteProtocolError as error:
+            logger.warning("%s: %s", pipe.where, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except SwarmError as error:
+            logger.debug("a link ended: %s", error)
 
-        return serve
+    def _accept(self, method: str, stream: Channel) -> None:
+        service = self._service
+        methods = {"session": service.session, "push": service.push, "info": self._info}
+        handler = methods.get(method)
+        if handler is None:
+            stream.cancel()
+        elif len(self._running) >= self._max_streams:
+            stream.post(Kind.DATA, _BUSY)
+            stream.close()
+        else:
+            task = stream.handler = asyncio.create_task(_serve(handler, stream))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
 
-    def _calls(self, handler: CallHandler) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        async def serve(request: bytes, context: Any) -> bytes:
-            if not self._enter():
-                return _BUSY
-            try:
-                return await handler(request)
-            except Exception:  # as above
-                logger.exception("a defect ended a call")
-                return encode(Refused(code=ErrorCode.INTERNAL, message="internal error"))
+    async def _info(self, stream: Stream) -> None:
+        question = await stream.receive()
+        if question is not None:
+            await stream.send(await self._service.info(question))
 
-        return serve
 
-    def _enter(self) -> bool:
-        """Count the current handler in; False if there are too many already."""
-        if len(self._running) >= self._max_streams:
-            return False
-        task = asyncio.current_task()
-        assert task is not None
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return True
+async def _serve(handler: StreamHandler, stream: Channel) -> None:
+    try:
+        await handler(stream)
+    except SwarmError as error:  # the handler has told the peer what the peer may know
+        logger.debug("a stream ended: %s", error)
+    except Exception:  # one stranger's stream must not disturb the others
+        logger.exception("a defect ended a stream")
+        stream.cancel("internal error")
+    finally:
+        stream.close()
 
 
 class RpcTransport(Transport):
-    """Dials peers. Belongs to the event loop that it is first used in."""
+    """Dials peers. Belongs to the event loop that it is first used in.
+
+    All streams to a peer share one link, which is closed when it has had none for a while.
+    """
 
     def __init__(self) -> None:
-        self._channels: dict[_Lane, grpc.aio.Channel] = {}
-        self._alive: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
+        self._links: dict[Endpoint, asyncio.Task[Link]] = {}
+        self._gauge = Gauge(_UNREAD_BYTES)
+        self.connections: set[asyncio.Task[None]] = set()  # those that stand
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def open_stream(self, endpoint: Endpoint, method: str, timeout: float) -> Stream:
-        async def dial(channel: grpc.aio.Channel) -> Stream:
-            call = channel.stream_stream(f"/swarm/{method}")()
-            try:
-                await call.wait_for_connection()
-            except BaseException:
-                call.cancel()
-                raise
-            return _ClientStream(call, str(endpoint), channel)
-
-        return await self._with_channel(endpoint, method, timeout, dial)
+        dialling = self._links.pop(endpoint, None)
+        if dialling is None or not _is_usable(dialling):
+            dialling = self._spawn(self._dial(endpoint, timeout))
+        self._links[endpoint] = dialling  # the least recently used one comes first
+        if len(self._links) > _MAX_LINKS:  # it lives on until it is idle
+            self._links.pop(next(iter(self._links)))
+        try:
+            async with asyncio.timeout(timeout):
+                return (await asyncio.shield(dialling)).open(method)
+        except TimeoutError:
+            raise PeerUnavailable(f"{endpoint}: no answer within {timeout:g} s") from None
 
     async def call(self, endpoint: Endpoint, method: str, request: bytes, timeout: float) -> bytes:
-        async def ask(channel: grpc.aio.Channel) -> bytes:
-            return await channel.unary_unary(f"/swarm/{method}")(request)
-
-        return await self._with_channel(endpoint, method, timeout, ask)
+        stream = await self.open_stream(endpoint, method, timeout)
+        try:
+            async with asyncio.timeout(timeout):
+                await stream.send(request)
+                answer = await stream.receive()
+        except TimeoutError:
+            raise PeerUnavailable(f"{endpoint}: no answer within {timeout:g} s") from None
+        finally:
+            stream.cancel()
+        if answer is None:
+            raise PeerUnavailable(f"{endpoint}: no answer")
+        return answer
 
     async def close(self) -> None:
         """Breaks every stream."""
-        self._channels.clear()
-        for channel in list(self._alive):
-            await channel.close()
+        self._links.clear()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _with_channel(
-        self,
-        endpoint: Endpoint,
-        method: str,
-        timeout: float,
-        use: Callable[[grpc.aio.Channel], Awaitable[_T]],
-    ) -> _T:
-        lane = (endpoint, "push" if method == "push" else "session")
+    async def _dial(self, endpoint: Endpoint, timeout: float) -> Link:
+        link_id = secrets.token_bytes(16)
+        pipe = await _connect(endpoint, timeout, pack([link_id, False]))
+
+        async def add_bulk() -> None:
+            try:
+                second = await _connect(endpoint, timeout, pack([link_id, True]))
+            except SwarmError as error:
+                logger.info("no second connection: %s", error)  # one will do
+            else:
+                await self._carry(link, second, bulk=True)
+
+        link = Link(str(endpoint), self._gauge, want_bulk=lambda: self._spawn(add_bulk()))
+        self._spawn(self._carry(link, pipe))
+        return link
+
+    async def _carry(self, link: Link, pipe: _DialledPipe, *, bulk: bool = False) -> None:
+        """As long as the link lives and has streams."""
+        carrying = asyncio.create_task(link.carry(pipe, bulk=bulk))
+        carrying.add_done_callback(_forget)
+        self.connections.add(carrying)
+        idle = False
         try:
-            async with asyncio.timeout(timeout):
-                return await use(await self._channel(lane, timeout))
-        except TimeoutError:
-            self._channels.pop(lane, None)
-            raise PeerUnavailable(f"{endpoint}: no answer within {timeout:g} s") from None
-        except grpc.aio.AioRpcError as error:
-            self._channels.pop(lane, None)  # the next dial starts afresh, without back-off
-            raise _translate(error.code(), error.details(), str(endpoint)) from error
+            while not carrying.done():
+                await asyncio.wait({carrying}, timeout=_IDLE_SECONDS)
+                if idle and link.idle:
+                    link.lose(PeerUnavailable(f"{link.where}: the connection was idle"))
+                idle = link.idle
+        finally:
+            carrying.cancel()
+            await asyncio.wait({carrying})
+            self.connections.discard(carrying)
+            await pipe.close()
 
-    async def _channel(self, lane: _Lane, timeout: float) -> grpc.aio.Channel:
-        if lane not in self._channels:
-            endpoint = lane[0]
+    def _spawn(self, coroutine: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_forget)
+        return task
+
+
+def _is_usable(dialling: asyncio.Task[Link]) -> bool:
+    if not dialling.done():
+        return True
+    return not dialling.cancelled() and not dialling.exception() and not dialling.result().error
+
+
+async def _connect(endpoint: Endpoint, timeout: float, hello: bytes) -> _DialledPipe:
+    """A connection of its own, to a peer that shows the right certificate. Raises SwarmError."""
+    _hush()
+    where = str(endpoint)
+    try:
+        async with asyncio.timeout(timeout):
             pem = await fetch_certificate(endpoint.host, endpoint.port, timeout)
             check_certificate(pem, peer_id=endpoint.peer_id, digest=endpoint.certificate_digest)
-            if lane not in self._channels:  # somebody may have been quicker
-                self._connect(lane, pem)
-        channel = self._channels.pop(lane)
-        self._channels[lane] = channel  # the least recently used one comes first
-        return channel
+            channel = grpc.aio.secure_channel(
+                f"dns:///{_address(endpoint.host, endpoint.port)}",
+                grpc.ssl_channel_credentials(root_certificates=pem),
+                [
+                    *_CLIENT_OPTIONS,
+                    ("grpc.ssl_target_name_override", target_name(endpoint.peer_id)),
+                ],
+            )
+            pipe = _DialledPipe(channel, where)
+            try:
+                await pipe.call.wait_for_connection()
+                await pipe.send(hello)
+            except BaseException:
+                await pipe.close()
+                raise
+            return pipe
+    except TimeoutError:
+        raise PeerUnavailable(f"{where}: no answer within {timeout:g} s") from None
+    except grpc.aio.AioRpcError as error:
+        raise _translate(error.code(), error.details(), where) from error
 
-    def _connect(self, lane: _Lane, pem: bytes) -> None:
-        endpoint = lane[0]
-        _hush()
-        if len(self._channels) >= _MAX_CHANNELS:
-            self._channels.pop(next(iter(self._channels)))
-        channel = grpc.aio.secure_channel(
-            f"dns:///{_address(endpoint.host, endpoint.port)}",
-            grpc.ssl_channel_credentials(root_certificates=pem),
-            [
-                *_CLIENT_OPTIONS,
-                ("grpc.ssl_target_name_override", target_name(endpoint.peer_id)),
-            ],
-        )
-        self._channels[lane] = channel
-        self._alive.add(channel)
+
+def _read_hello(message: bytes | None) -> tuple[bytes, bool]:
+    """The first message of a connection: the link's id, and whether it is the second of it."""
+    match unpack(message or b"", _HELLO_BYTES):
+        case [bytes() as link_id, bool() as bulk] if len(link_id) == 16:
+            return link_id, bulk
+        case _:
+            raise RemoteProtocolError(ErrorCode.BAD_FRAME, "a link begins with [id, second]")
 
 
 def _translate(code: grpc.StatusCode, details: str | None, where: str) -> SwarmError:

@@ -23,12 +23,12 @@ class Endpoint:
 class Stream(Protocol):
     """A bidirectional stream of frames, in order, each at most wire.MAX_FRAME_BYTES.
 
-    Several tasks may send, one may receive. Cancelling a `receive` loses nothing; cancelling a
-    `send` breaks the stream, as half a frame may be on its way.
+    Several tasks may send, one may receive. Cancelling a `receive` loses nothing; a cancelled
+    `send` may have sent its frame all the same.
     """
 
     async def send(self, frame: bytes) -> None:
-        """Waits while the peer's buffers are full. Raises PeerUnavailable.
+        """Waits while too much has not left yet. Raises PeerUnavailable, LocalProtocolError.
 
         After that `receive` may still give what the peer had said, a refusal for example.
         """
@@ -37,7 +37,7 @@ class Stream(Protocol):
     async def receive(self) -> bytes | None:
         """The next frame; None when the peer has ended politely.
 
-        Raises PeerUnavailable; RemoteProtocolError OVERSIZE if either end sent too large a frame.
+        Raises PeerUnavailable; RemoteProtocolError if the peer broke the rules of framing.
         """
         ...
 

@@ -75,12 +75,7 @@ async def result(task: asyncio.Task[Any]) -> Any:
 
 async def flood(stream: Stream) -> None:
     while True:
-        await stream.send(bytes(1000))
-
-
-async def drain(stream: Stream) -> None:
-    while await stream.receive() is not None:
-        pass
+        await stream.send(bytes(100_000))
 
 
 async def cancel(stream: Stream) -> None:

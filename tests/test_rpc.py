@@ -6,19 +6,17 @@ from typing import Any
 
 import pytest
 
-from swarm.errors import (
-    ErrorCode,
-    RemoteProtocolError,
-)
+from swarm import rpc
+from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from swarm.messages import Refused
+from swarm.mux import MAX_MESSAGE_BYTES, Kind
 from swarm.rpc import grpc
 from swarm.transport import Stream
-from swarm.wire import MAX_FRAME_BYTES, decode
+from swarm.wire import MAX_FRAME_BYTES, decode, pack
 from tests.rpcs import (
     TIMEOUT,
     busy,
     cancel,
-    drain,
     echo,
     fails,
     flood,
@@ -27,6 +25,15 @@ from tests.rpcs import (
     run,
     serving,
 )
+
+HELLO = pack([bytes(16), False])
+
+
+async def drain_slowly(stream: Stream) -> None:
+    """Reads only when something has gone wrong: until then, frames pile up."""
+    while True:
+        await asyncio.sleep(0.05)
+        await stream.send(b"are you still there?")
 
 
 @pytest.mark.parametrize("method", ["session", "push"])
@@ -179,25 +186,16 @@ def test_a_server_can_break_a_stream(inside: bool) -> None:
     run(go())
 
 
-def test_a_client_that_does_not_read_holds_up_only_its_own_stream() -> None:
+def test_a_stream_that_is_not_read_breaks_and_holds_up_no_other() -> None:
     async def go() -> None:
-        gave_up = asyncio.Event()
-
-        async def flood(stream: Stream) -> None:
-            try:
-                async with asyncio.timeout(1):
-                    while True:
-                        await stream.send(bytes(1 << 20))
-            except TimeoutError:
-                gave_up.set()
-
-        async with serving(flood, max_streams=1) as (_, endpoint, transport):
-            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
-            await gave_up.wait()
+        async with serving(flood) as (_, endpoint, transport):
+            unread = await transport.open_stream(endpoint, "session", TIMEOUT)
             other = await transport.open_stream(endpoint, "push", TIMEOUT)
-            while (await busy(other, b"x")) is not None:  # until the first is given up for good
-                other = await transport.open_stream(endpoint, "push", TIMEOUT)
-            await fails(drain(stream))
+            pending = asyncio.create_task(drain_slowly(unread))
+            while not pending.done():
+                await other.send(b"x")
+                assert await other.receive() == b"x"
+            assert "nobody reads" in str(await fails(result(pending)))
 
     run(go())
 
@@ -218,21 +216,72 @@ def test_one_stream_too_many_is_told_to_come_later() -> None:
     run(go())
 
 
-def test_a_frame_beyond_the_limit_is_refused_on_both_sides() -> None:
-    async def huge(stream: Stream) -> None:
-        if await stream.receive() == b"send me too much":
-            await stream.send(bytes(MAX_FRAME_BYTES + 1))
+def test_a_frame_beyond_the_limit_is_not_sent() -> None:
+    async def go() -> None:
+        async with serving() as (_, endpoint, transport):
+            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            with pytest.raises(LocalProtocolError, match=str(MAX_FRAME_BYTES + 1)):
+                await stream.send(bytes(MAX_FRAME_BYTES + 1))
+            assert await transport.call(endpoint, "info", b"ok", TIMEOUT) == b"OK"
+
+    run(go())
+
+
+STRANGE: dict[str, list[bytes]] = {
+    "an oversize message": [HELLO, bytes(MAX_MESSAGE_BYTES + 1)],
+    "no greeting": [b""],
+    "a wrong greeting": [pack([b"short", False])],
+    "the second connection of nothing": [pack([bytes(16), True])],
+    "garbage behind the greeting": [HELLO, b"garbage"],
+    "a stream opened twice": [HELLO, pack([1, 0, Kind.OPEN, b"info", 1, 1, Kind.OPEN, b"info"])],
+}
+
+
+@pytest.mark.parametrize("messages", STRANGE.values(), ids=STRANGE.keys())
+def test_a_stranger_who_breaks_the_rules_of_framing_loses_his_link(messages: list[bytes]) -> None:
+    async def go() -> None:
+        async with serving() as (_, endpoint, transport), raw_channel(endpoint.port) as channel:
+            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            call: Any = channel.stream_stream("/swarm/link")()
+            for message in messages:
+                await call.write(message)
+            assert await call.code() in (
+                grpc.StatusCode.INVALID_ARGUMENT,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            )
+            await stream.send(b"others go on")
+            assert await stream.receive() == b"others go on"
+
+    run(go())
+
+
+def test_a_large_frame_takes_a_connection_of_its_own() -> None:
+    async def go() -> None:
+        async with serving() as (_, endpoint, transport):
+            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            large = os.urandom(1 << 20)
+            for _ in range(4):
+                await stream.send(large)
+                assert await stream.receive() == large
+            assert len(transport.connections) == 2
+
+    run(go())
+
+
+def test_an_idle_link_is_closed_and_the_next_stream_dials_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rpc, "_IDLE_SECONDS", 0.01)
 
     async def go() -> None:
-        async with serving(huge) as (_, endpoint, transport):
+        async with serving() as (_, endpoint, transport):
             stream = await transport.open_stream(endpoint, "session", TIMEOUT)
-            for too_much in (bytes(MAX_FRAME_BYTES + 1), b"send me too much"):
-                stream = await transport.open_stream(endpoint, "session", TIMEOUT)
-                await stream.send(too_much)
-                with pytest.raises(RemoteProtocolError) as caught:
-                    await stream.receive()
-                assert caught.value.code is ErrorCode.OVERSIZE
-            assert await transport.call(endpoint, "info", b"ok", TIMEOUT) == b"OK"
+            await asyncio.wait(transport.connections, timeout=0.1)
+            await stream.send(b"kept while it has streams")
+            assert await stream.receive() == b"kept while it has streams"
+            stream.cancel()
+            await asyncio.wait(transport.connections)
+            assert await transport.call(endpoint, "info", b"again", TIMEOUT) == b"AGAIN"
 
     run(go())
 
@@ -242,7 +291,7 @@ def test_a_compressed_frame_is_not_unpacked() -> None:
 
     async def go() -> None:
         async with serving() as (_, endpoint, _), raw_channel(endpoint.port) as channel:
-            call: Any = channel.stream_stream("/swarm/session")(
+            call: Any = channel.stream_stream("/swarm/link")(
                 compression=grpc.Compression.Gzip,
             )
 

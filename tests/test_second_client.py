@@ -65,12 +65,17 @@ class Server:
             [("grpc.ssl_target_name_override", name)],
         )
         self.session_id, self.ticket = os.urandom(16), os.urandom(16)
+        self.link: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.link.put(msgpack.packb([os.urandom(16), False]))
+        self.messages: Iterator[bytes] = self.channel.stream_stream("/swarm/link")(
+            iter(self.link.get, None), timeout=60
+        )
+        self.frames: dict[int, list[bytes]] = {}  # by stream: 1 is for a question, 2 the session
         nonce = os.urandom(16)
         question = {"kind": "info_request", "nonce": nonce, "credentials": self.credentials(nonce)}
-        answer = msgpack.unpackb(
-            self.channel.unary_unary("/swarm/info")(msgpack.packb(question), timeout=20)
-        )
-        self.record: bytes = answer["record"]
+        self.post(1, 0, 1, b"info")
+        self.post(1, 1, 0, msgpack.packb(question))
+        self.record: bytes = self.next_of(1)["record"]
         self.fields = self.check_record()
 
     def credentials(self, session_id: bytes) -> dict[str, bytes]:
@@ -100,10 +105,8 @@ class Server:
         return {"record": self.record, "session_id": self.session_id, "ticket": self.ticket}
 
     def open(self, following: Server | None) -> dict[str, Any]:
-        self.outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.answers: Iterator[bytes] = self.channel.stream_stream("/swarm/session")(
-            iter(self.outgoing.get, None), timeout=60
-        )
+        self.post(2, 0, 1, b"session")
+        self.sent = 1
         name, fingerprint, start, end, dtype = self.fields[1:6]
         self.send(
             kind="open",
@@ -122,13 +125,26 @@ class Server:
         return self.receive()
 
     def send(self, **message: Any) -> None:
-        self.outgoing.put(msgpack.packb(message))
+        self.post(2, self.sent, 0, msgpack.packb(message))
+        self.sent += 1
 
     def receive(self) -> dict[str, Any]:
-        return msgpack.unpackb(next(self.answers))
+        return self.next_of(2)
+
+    def post(self, stream: int, number: int, kind: int, payload: bytes) -> None:
+        """Section 2: a message of one frame."""
+        self.link.put(msgpack.packb([stream, number, kind, payload]))
+
+    def next_of(self, stream: int) -> dict[str, Any]:
+        while not self.frames.get(stream):
+            parts = iter(msgpack.unpackb(next(self.messages)))
+            for number, _, kind, payload in zip(parts, parts, parts, parts, strict=True):
+                if kind == 0:
+                    self.frames.setdefault(number, []).append(payload)
+        return msgpack.unpackb(self.frames[stream].pop(0))
 
     def close(self) -> None:
-        self.outgoing.put(None)
+        self.link.put(None)
         self.channel.close()
 
 
