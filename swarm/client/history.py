@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from swarm.errors import LocalProtocolError
+from swarm.messages import TensorFrame
+from swarm.tensors import from_frame
+
+_LOOSE_FRAMES = 64  # kept as they came, since tensors are dear: copied into the buffer together
 
 
 class History:
@@ -17,31 +21,42 @@ class History:
         self.length = base
         self._buffer: torch.Tensor | None = None  # [capacity, B, ...], from position `base` on
         self._rows: torch.Tensor | None = None  # int64 [capacity, B]: where a row's data lie
+        self._loose: list[TensorFrame] = []  # the latest positions, not yet in the buffer
+        self._loose_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer.nbytes
+        return self._loose_bytes + (0 if self._buffer is None else self._buffer.nbytes)
+
+    def add(self, start: int, frame: TensorFrame) -> None:
+        """As `append`, for what comes from the wire or goes there; cheap for single positions."""
+        time_major = 1 in frame.shape[:2]
+        if start != self.length or not time_major:
+            self.append(start, from_frame(frame))
+            return
+        self._loose.append(frame)
+        self._loose_bytes += len(frame.data)
+        self.length += frame.shape[1]
+        if len(self._loose) == _LOOSE_FRAMES:
+            self._collect()
 
     def append(self, start: int, tensor: torch.Tensor) -> None:
         """Positions `[start, start + T)`; those that are here already are left as they are."""
         if start > self.length:
             raise LocalProtocolError(f"history has {self.length} positions, got {start} onwards")
+        self._collect()
         new = tensor[:, self.length - start :].transpose(0, 1)
-        count = new.shape[0]
-        if not count:
-            return
-        used = self.length - self._base
-        buffer = self._reserve(used + count, new)
-        buffer[used : used + count] = new
-        if self._rows is not None:
-            self._rows[used : used + count] = torch.arange(new.shape[1])
-        self.length += count
+        if new.shape[0]:
+            self._write(new)
 
     def crop(self, length: int) -> None:
-        self.length = min(self.length, length)
+        if length < self.length:
+            self._collect()
+            self.length = length
 
     def reorder(self, rows: Sequence[int]) -> None:
         """From now on row i is what row `rows[i]` was."""
+        self._collect()
         if self._buffer is None:
             return
         if self._rows is None:
@@ -52,13 +67,38 @@ class History:
 
     def read(self, begin: int, end: int) -> torch.Tensor:
         """[B, end - begin, ...], a copy or a view that must not be written to."""
-        if self._buffer is None or not self._base <= begin <= end <= self.length:
+        if not self._base <= begin <= end <= self.length:
             raise LocalProtocolError(f"history has {self.length} positions, not {begin}:{end}")
+        if self._buffer is None and len(self._loose) == 1:
+            return from_frame(self._loose[0])[:, begin - self._base : end - self._base]
+        self._collect()
+        if self._buffer is None:
+            raise LocalProtocolError("an empty history was read")
         begin, end = begin - self._base, end - self._base
         part = self._buffer[begin:end]
         if self._rows is not None:
             part = part[torch.arange(end - begin)[:, None], self._rows[begin:end]]
         return part.transpose(0, 1)
+
+    def _collect(self) -> None:
+        """Copy what lies loose into the buffer."""
+        loose, self._loose, self._loose_bytes = self._loose, [], 0
+        if loose:
+            rows, _, *rest = loose[0].shape
+            count = sum(frame.shape[1] for frame in loose)
+            data = b"".join(frame.data for frame in loose)
+            frame = TensorFrame(dtype=loose[0].dtype, shape=(count, rows, *rest), data=data)
+            self.length -= count
+            self._write(from_frame(frame))
+
+    def _write(self, new: torch.Tensor) -> None:
+        """`new` is [T, B, ...], of positions from `length` on."""
+        used, count = self.length - self._base, new.shape[0]
+        buffer = self._reserve(used + count, new)
+        buffer[used : used + count] = new
+        if self._rows is not None:
+            self._rows[used : used + count] = torch.arange(new.shape[1])
+        self.length += count
 
     def _reserve(self, wanted: int, like: torch.Tensor) -> torch.Tensor:
         buffer = self._buffer

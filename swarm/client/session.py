@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,11 +20,13 @@ from swarm.client.history import History, InputHistory
 from swarm.client.hop import Hop, Terms
 from swarm.client.route import Interrupted, Route, Router, Silent
 from swarm.client.steps import (
+    Bell,
     Pending,
     Sent,
     check_memory,
     check_step,
     chunks_of,
+    keep,
     problem_with,
 )
 from swarm.config import ClientConfig
@@ -37,7 +39,7 @@ from swarm.errors import (
 )
 from swarm.identity import Access
 from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
-from swarm.tensors import TORCH_DTYPES, from_frame, to_frame
+from swarm.tensors import TORCH_DTYPES, to_frame
 from swarm.transport import Transport
 from swarm.types import BlockRange
 from swarm.wire import MAX_FRAME_BYTES
@@ -76,7 +78,7 @@ class RemoteSession:
         self._pending: Pending | None = None
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
         self._trouble: str | None = "nothing is open yet"
-        self._event = asyncio.Event()
+        self._bell = Bell()
         self._lock = asyncio.Lock()
         self._closed = False
 
@@ -130,7 +132,7 @@ class RemoteSession:
     async def close(self) -> None:
         """Free the servers; a step that is under way raises SessionClosed."""
         self._closed = True
-        self._event.set()
+        self._bell.wake()
         await self._route.close()
         async with self._lock:  # until that step has noticed
             await self._route.close()
@@ -143,10 +145,12 @@ class RemoteSession:
         check_step(hidden, inputs, end, self._terms)
         check_memory(held, self._config)
         rolled_back = any(history.length > start for history in self._histories.values())
-        if rolled_back or self._reorder is not None:
+        if self._reorder is not None:
             await self._settle(start)
         if rolled_back:
             self._epoch += 1
+            for sent in self._sent.values():  # copies on their way are taken up to here
+                sent.until = min(sent.until, start)
             for history in (*self._histories.values(), self._inputs):
                 history.crop(start)
         if self._reorder is not None:
@@ -154,20 +158,20 @@ class RemoteSession:
                 history.reorder(self._reorder)
         if end > self._terms.max_length:
             self._outgrow(end)
-        dtype = TORCH_DTYPES[self._terms.numerics.dtype]
-        self._histories[self.blocks.start].append(start, hidden.detach().to("cpu", dtype))
+        frame = to_frame(hidden.to(TORCH_DTYPES[self._terms.numerics.dtype]))
+        self._histories[self.blocks.start].add(start, frame)
         self._inputs.append(start, hidden.shape[1], inputs)
         if self._terms.whole_steps:
             del self._starts[bisect_left(self._starts, start) :]
             self._starts.append(start)
-        self._pending = Pending(start, end, self._reorder, next(self._numbers))
+        self._pending = Pending(start, end, frame, self._reorder, next(self._numbers))
         self._reorder = None
 
     async def _settle(self, start: int) -> None:
         """Wait for copies that are still on their way, since they are of the past that changes."""
         try:
-            for border in self._histories.values():
-                await self._wait(border, start)
+            borders = self._histories.values()
+            await self._until(lambda: all(border.length >= start for border in borders))
         except Interrupted as error:
             self._trouble = str(error)
         self._sent.clear()
@@ -216,16 +220,16 @@ class RemoteSession:
         window = min(hop.window for hop in self.hops)
         for index, (begin, end) in enumerate(chunks):
             if index >= window:
-                await self._wait(answer, chunks[index - window][1])
-            while len(self._sent) >= 2 * window:  # copies come more slowly than answers
-                await self._happening()
+                await self._wait(self.hops[-1], chunks[index - window][1])
+            if len(self._sent) >= 2 * window:  # copies come more slowly than answers
+                await self._until(lambda: len(self._sent) < 2 * window)
             step = self._make_step(first, pending, begin, end, opening=index == 0)
             if index == 0:
                 for hop in self.hops:
                     hop.position = begin
-            self._sent[step.step] = Sent(step, set(self.hops))
+            self._sent[step.step] = Sent(step, set(self.hops), end)
             first.send(step)
-        await self._wait(answer, pending.end)
+        await self._until(lambda: answer.length >= pending.end)
 
     async def _refill(self, pending: Pending) -> None:
         """Bring hop after hop to the end of the pending step, each from what it lacks."""
@@ -242,18 +246,22 @@ class RemoteSession:
                 step = self._make_step(hop, pending, low, high, opening=index == 0)
                 step = step.model_copy(update={"push": False, "quiet": high <= known})
                 hop.position = low if index == 0 else hop.position
-                self._sent[step.step] = Sent(step, {hop})
+                self._sent[step.step] = Sent(step, {hop}, high)
                 hop.send(step)
             await self._wait(hop, pending.end)
 
     def _make_step(
         self, hop: Hop, pending: Pending, begin: int, end: int, *, opening: bool
     ) -> Step:
+        if (begin, end, hop) == (pending.start, pending.end, self.hops[0]):
+            hidden = pending.hidden
+        else:
+            hidden = to_frame(self._histories[hop.blocks.start].read(begin, end))
         return Step(
             epoch=self._epoch,
             step=next(self._numbers),
             start=begin,
-            hidden=to_frame(self._histories[hop.blocks.start].read(begin, end)),
+            hidden=hidden,
             inputs={name: to_frame(t) for name, t in self._inputs.read(begin, end).items()},
             crop_to=begin if opening and hop.position > begin else None,
             reorder=pending.reorder if opening and self._lacks_reorder(hop, pending) else None,
@@ -261,6 +269,8 @@ class RemoteSession:
         )
 
     def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
+        if end - begin == 1:
+            return [(begin, end)]
         most = min(hop.max_step_tokens for hop in hops)
         if not self._terms.whole_steps:
             return chunks_of(begin, end, self._terms, most, self._config.chunk_bytes)
@@ -279,23 +289,16 @@ class RemoteSession:
     def _lacks_reorder(hop: Hop, pending: Pending) -> bool:
         return pending.reorder is not None and hop.last_step < pending.first_number
 
-    async def _wait(self, progress: History | Hop, end: int) -> None:
-        """Until it reaches `end`. Raises Interrupted, SessionClosed."""
-        while (progress.length if isinstance(progress, History) else progress.position) < end:
-            await self._happening()
+    async def _wait(self, hop: Hop, end: int) -> None:
+        await self._until(lambda: hop.position >= end)
 
-    async def _happening(self) -> None:
-        """Until something comes. Raises Interrupted if a hop is lost or nothing does."""
-        self._check_open()
-        if self._trouble is not None:
-            raise Interrupted(self._trouble)
-        self._event.clear()
-        silence = self._config.timeouts.step
-        try:
-            async with asyncio.timeout(silence):
-                await self._event.wait()
-        except TimeoutError:
-            raise Silent(f"nothing came for {silence:g} s") from None
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        """Raises Interrupted if a hop is lost or nothing comes, SessionClosed."""
+        while not reached():
+            self._check_open()
+            if self._trouble is not None:
+                raise Interrupted(self._trouble)
+            await self._bell.until(reached, self._config.timeouts.step)
 
     def _outgrow(self, end: int) -> None:
         """More positions than the servers reserved: open everything anew, larger, and replay."""
@@ -312,17 +315,16 @@ class RemoteSession:
     # What hops tell --------------------------------------------------------------------------
 
     def on_output(self, hop: Hop, output: Output) -> None:
-        sent, pending = self._sent.get(output.step), self._pending
-        if sent is None or hop not in sent.awaited or hop not in self.hops:
+        sent, pending, hops = self._sent.get(output.step), self._pending, self._route.hops
+        if sent is None or hop not in sent.awaited or hop not in hops:
             return  # rolled back meanwhile, never asked for, or said by one that was given up
-        step = sent.step
+        step, index = sent.step, hops.index(hop)
         begin, end = step.start, step.start + step.hidden.shape[1]
-        index = self.hops.index(hop)
-        following = self.hops[index + 1] if index + 1 < len(self.hops) else None
+        following = hops[index + 1] if index + 1 < len(hops) else None
         border = pending and pending.answer
         if following is not None:
             border = self._histories[following.blocks.start]
-        problem = problem_with(output, step, border)
+        problem = problem_with(output, sent, border)
         if problem is not None:
             hop.lose(RemoteProtocolError(ErrorCode.BAD_TENSOR, problem))
             self.on_lost(hop)
@@ -331,9 +333,9 @@ class RemoteSession:
         if not sent.awaited:
             del self._sent[step.step]
         if border is not None and output.hidden.shape[1]:
-            border.append(begin, from_frame(output.hidden))
+            keep(border, sent, output.hidden)
         if output.epoch == self._epoch:  # else `synced` has counted it, and perhaps it was cropped
-            for reached in self.hops[: index + 1] if self._flowing else [hop]:
+            for reached in hops[: index + 1] if self._flowing else [hop]:
                 reached.position = max(reached.position, end)
                 reached.last_step = max(reached.last_step, output.step)
             pushed = output.pushed and hop.pushes_to is not None
@@ -341,7 +343,7 @@ class RemoteSession:
                 following.send(step.model_copy(update={"hidden": output.hidden}))
         seconds = output.compute_ms / 1e3
         self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks))
-        self._event.set()
+        self._bell.ring()
 
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
         if message.epoch == self._epoch and hop.pushes_to is not None:  # else we have left them
@@ -354,7 +356,7 @@ class RemoteSession:
 
     def _interrupt(self, why: str) -> None:
         self._trouble = why
-        self._event.set()
+        self._bell.wake()
 
     def _suspect(self, silence: Silent) -> None:
         """Who owes the oldest answer is at fault, or else the one who claims to have pushed it."""

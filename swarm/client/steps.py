@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from swarm.client.history import History
 from swarm.client.hop import Hop, Terms
+from swarm.client.route import Silent
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
-from swarm.messages import MAX_TOKENS, Output, Step
+from swarm.messages import MAX_TOKENS, Output, Step, TensorFrame
 from swarm.protocol import INPUTS
-from swarm.tensors import DTYPE_NAMES
+from swarm.tensors import DTYPE_NAMES, from_frame
 from swarm.types import DTYPE_BYTES
 from swarm.wire import MAX_FRAME_BYTES
 
@@ -27,6 +29,7 @@ class Pending:
 
     start: int
     end: int
+    hidden: TensorFrame  # all of it
     reorder: tuple[int, ...] | None
     first_number: int
     answer: History = field(init=False)
@@ -35,12 +38,59 @@ class Pending:
         self.answer = History(base=self.start)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sent:
     """A step on its way, and the hops that will yet say what became of it."""
 
     step: Step
     awaited: set[Hop]
+    until: int  # outputs from here on are not wanted any more
+
+
+class Bell:
+    """Wakes the one task that waits for what hops say; a decode step sets no timer of its own."""
+
+    def __init__(self) -> None:
+        self._reached: Callable[[], bool] = bool
+        self._waiter: asyncio.Future[None] | None = None
+        self._rung = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def until(self, reached: Callable[[], bool], silence: float) -> None:
+        """Until a ring after which it is `reached`, or a `wake`. Raises Silent after so many
+        seconds without either."""
+        loop = asyncio.get_running_loop()
+        self._reached, self._rung = reached, loop.time()
+        self._waiter = waiter = loop.create_future()
+        if self._timer is None:
+            self._timer = loop.call_later(silence, self._listen, loop, silence)
+        try:
+            await waiter
+        finally:
+            self._waiter, self._reached = None, bool
+
+    def ring(self) -> None:
+        """Something came."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            self._rung = waiter.get_loop().time()
+            if self._reached():
+                waiter.set_result(None)
+
+    def wake(self) -> None:
+        """Something happened that whoever waits has to look at."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _listen(self, loop: asyncio.AbstractEventLoop, silence: float) -> None:
+        self._timer = None
+        if self._waiter is None or self._waiter.done():
+            return
+        left = self._rung + silence - loop.time()
+        if left > 0:
+            self._timer = loop.call_later(left, self._listen, loop, silence)
+        else:
+            self._waiter.set_exception(Silent(f"nothing came for {silence:g} s"))
 
 
 def check_step(
@@ -81,13 +131,24 @@ def chunks_of(
     return [(low, min(end, low + width)) for low in range(begin, end, width)]
 
 
-def problem_with(output: Output, step: Step, border: History | None) -> str | None:
+def keep(border: History, sent: Sent, frame: TensorFrame) -> None:
+    """Put what a step became where it belongs, as far as it is still wanted."""
+    start, tokens = sent.step.start, sent.until - sent.step.start
+    if tokens >= frame.shape[1]:
+        border.add(start, frame)
+    elif tokens > 0:
+        border.append(start, from_frame(frame)[:, :tokens])
+
+
+def problem_with(output: Output, sent: Sent, border: History | None) -> str | None:
     """Why an output cannot be what we asked for; `border` is where it would be kept."""
+    step = sent.step
     rows, tokens, size = step.hidden.shape
     wanted = (rows, 0 if step.quiet else tokens, size)
     if output.hidden.shape != wanted or output.hidden.dtype != step.hidden.dtype:
         return f"answered {output.hidden.dtype}{list(output.hidden.shape)}"
-    if border is not None and not step.quiet and step.start > border.length:
+    wanted_yet = border is not None and not step.quiet and step.start < sent.until
+    if border is not None and wanted_yet and step.start > border.length:
         return f"answered position {step.start} before {border.length}"
     return None
 
