@@ -133,6 +133,7 @@ class Handler:
             self._authenticate(message.nonce, message.credentials)
         except RemoteProtocolError as error:
             self.counters.refusals += 1
+            logger.warning("refused a question: %s", str(error))
             return encode(_refusal(error))
         backend = self._executor.backend
         counters = asdict(self.counters) | {

@@ -15,6 +15,7 @@ import pytest
 from swarm.errors import ErrorCode, PeerUnavailable
 from swarm.identity import SwarmKey
 from swarm.messages import (
+    Attach,
     Close,
     Info,
     InfoRequest,
@@ -25,6 +26,7 @@ from swarm.messages import (
 from swarm.models.spans import SpanCache
 from swarm.server.session import Session
 from swarm.wire import decode, encode
+from tests.inprocess import identity
 from tests.server.stranger import Stranger, Talk, hidden_of
 from tests.server.town import FRAMES, LIMITS, STEPS, Town, frame_of
 
@@ -58,7 +60,7 @@ def test_proofs_are_good_for_one_opening_by_one_key_at_one_server(town: Town) ->
     town.run(go())
 
 
-def test_without_the_swarm_key_nobody_comes_in() -> None:
+def test_without_the_swarm_key_nobody_comes_in(caplog: pytest.LogCaptureFixture) -> None:
     key = SwarmKey.generate()
     with Town(key=key) as town:
 
@@ -81,6 +83,8 @@ def test_without_the_swarm_key_nobody_comes_in() -> None:
 
         town.run(go())
         town.swarm.assert_quiet()
+    said = f"{identity(95).peer_id} does not hold the swarm key"
+    assert [said in line for line in caplog.messages] == [True] * 4  # the log says who, and why
 
 
 @pytest.mark.parametrize("frame", [b"", b"noise", encode(Close())])
@@ -242,6 +246,11 @@ def test_memory_does_not_grow(town: Town, caplog: pytest.LogCaptureFixture) -> N
         await send(talk)
         await talk.refusal()
 
+    async def before_it_opened(method: str, frame: bytes) -> None:
+        stream = await town.stranger.dial(town.server, method)
+        await stream.send(frame)
+        await Talk(stream, town.stranger.opening(town.server)).refusal()
+
     async def once() -> None:
         for changes, _ in STEPS.values():
             step = Step(epoch=0, step=0, start=1, hidden=frame_of((2, 1, 48)))
@@ -250,6 +259,9 @@ def test_memory_does_not_grow(town: Town, caplog: pytest.LogCaptureFixture) -> N
         for make in FRAMES.values():
             frame = make(Close())
             await bad(lambda talk, frame=frame: talk.stream.send(frame))
+            for method in ("session", "push"):
+                await before_it_opened(method, frame)
+        await before_it_opened("push", encode(Attach(session_id=bytes(16), ticket=bytes(16))))
 
     def held() -> int:
         gc.collect()

@@ -11,8 +11,11 @@ from swarm.errors import ErrorCode
 from swarm.messages import (
     Attach,
     Close,
+    Credentials,
     Info,
+    InfoRequest,
     Load,
+    Opened,
     Output,
     PushFailed,
     Redirect,
@@ -21,7 +24,6 @@ from swarm.messages import (
     Sync,
     Synced,
 )
-from swarm.wire import encode
 from tests.server.stranger import Talk, assert_same, expected_of, hidden_of
 from tests.server.town import FRAMES, LIMITS, Town, frame_of, with_field
 
@@ -115,28 +117,33 @@ OUT_OF_ORDER: dict[str, Any] = {
     "push_failed": PushFailed(epoch=0, step=0, message=""),
     "refused": Refused(code=ErrorCode.BUSY, message=""),
     "info": Info(record=b"r", load=Load()),
+    "opened": Opened(protocol=1, window=1, max_step_tokens=1),
+    "info_request": InfoRequest(
+        nonce=b"n" * 16, credentials=Credentials(public_key=b"k", signature=b"s")
+    ),
     "step": Step(epoch=0, step=0, start=0, hidden=frame_of((1, 1, 48))),
 }
 
 
-@pytest.mark.parametrize("message", OUT_OF_ORDER.values(), ids=OUT_OF_ORDER)
-@pytest.mark.parametrize("method", ["session", "push"])
-def test_the_first_message_must_say_what_is_wanted(town: Town, message: Any, method: str) -> None:
-    if (method, message.kind) == ("push", "attach"):
-        return
-
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *(("session", kind) for kind in OUT_OF_ORDER),
+        *(("push", kind) for kind in [*OUT_OF_ORDER, "open"] if kind != "attach"),
+    ],
+)
+def test_the_first_message_must_say_what_is_wanted(town: Town, method: str, kind: str) -> None:
     async def go() -> None:
-        stream = await town.stranger.dial(town.server, method)
-        await stream.send(encode(message))
-        assert await Talk(stream, town.stranger.opening(town.server)).refusal() in (
-            ErrorCode.OUT_OF_ORDER,
-        )
+        opening = town.stranger.opening(town.server)
+        talk = Talk(await town.stranger.dial(town.server, method), opening)
+        await talk.send(OUT_OF_ORDER.get(kind, opening))
+        assert await talk.refusal() is ErrorCode.OUT_OF_ORDER
 
     town.run(go())
 
 
 @pytest.mark.parametrize(
-    "kind", ["attach", "output", "synced", "push_failed", "refused", "info", "open"]
+    "kind", sorted({*OUT_OF_ORDER, "open"} - {"step", "sync", "redirect", "close"})
 )
 def test_messages_that_no_client_may_send_later(town: Town, kind: str) -> None:
     async def go() -> None:
@@ -175,6 +182,3 @@ def test_only_so_many_sessions(town: Town) -> None:
             assert await talk.stream.receive() is None
 
     town.run(go())
-
-
-# Steps -------------------------------------------------------------------------------------------

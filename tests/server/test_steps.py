@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -151,6 +152,43 @@ def test_repeated_late_and_empty_steps(town: Town) -> None:
     town.run(go())
 
 
+def test_tokens_of_several_sessions_are_computed_in_one_pass(
+    town: Town, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a pass runs, others get ready; then the next pass takes all of them."""
+    gate, begun = threading.Event(), threading.Event()
+    span = town.server.handler._span
+    run, passes = span.run, list[int]()
+
+    def held(steps: Any) -> Any:
+        begun.set()
+        assert gate.wait(30)
+        passes.append(len(steps))
+        return run(steps)
+
+    async def go() -> None:
+        talks = [await town.stranger.open(town.server) for _ in range(4)]
+        first, *others = talks
+        token = hidden_of(town.local, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(span, "run", held)
+            await first.send(first.step(token))
+            await asyncio.to_thread(begun.wait, 30)
+            for talk in others:
+                await talk.send(talk.step(token))
+            while town.server.handler.load().queue < 4:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            gate.set()
+            for talk in talks:
+                output = await talk.receive()
+                assert isinstance(output, Output)
+                assert_same(from_frame(output.hidden), expected_of(town.local, token))
+                talk.stream.cancel()
+        assert passes == [1, 3]
+
+    town.run(go())
+
+
 # Pushing -----------------------------------------------------------------------------------------
 
 
@@ -212,6 +250,3 @@ def test_bad_frames_on_a_push_stream_do_not_harm_the_session(town: Town, frame: 
         talk.stream.cancel()
 
     town.run(go())
-
-
-# Who may come in ---------------------------------------------------------------------------------
