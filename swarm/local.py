@@ -11,14 +11,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from swarm.errors import SwarmError, UsageError
-from swarm.models.demo import DEMO_MODEL, DEMO_NAME
+from swarm.models.demo import DEMO_NAME
 from swarm.types import BlockRange
 
 if TYPE_CHECKING:
@@ -39,45 +40,62 @@ _GUARDIAN = (
 )
 
 
+class _Child:
+    """A process of ours that says in one line when it is ready; `log` has its standard error."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        self._lines = SimpleQueue[str]()
+        threading.Thread(target=self._listen, name="swarm-child", daemon=True).start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        self._lines.put(self.process.stdout.readline())
+
+    def ready(self) -> Mapping[str, str]:
+        """What that line says, once it is there. Raises SwarmError, with the end of the log.
+
+        Raises UsageError if the process said that it was asked for what cannot be.
+        """
+        try:
+            line = self._lines.get(timeout=_START_SECONDS)
+        except Empty as error:
+            raise SwarmError(f"not ready after {_START_SECONDS:g} s:\n{self._tail()}") from error
+        if found := _READY.fullmatch(line.strip()):
+            return found.groupdict(default="")
+        status = self.process.wait()
+        kind = UsageError if status == 2 else SwarmError
+        raise kind(f"a process of the local swarm ended ({status}):\n{self._tail()}")
+
+    def _tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(lines[-15:]) or "it says nothing"
+
+
 @dataclass(slots=True)
 class LocalServer:
     """One server process. `address` is HOST:PORT of its gRPC service."""
 
     index: int
     blocks: BlockRange
-    process: subprocess.Popen[str]
-    log: Path
+    child: _Child
     address: str = ""
     peer_id: str = ""
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.child.process.pid
 
     @property
     def alive(self) -> bool:
-        return self.process.poll() is None
-
-
-@dataclass(frozen=True, slots=True)
-class _Child:
-    """A process that says when it is ready; `line` is that line, or empty when it ended."""
-
-    process: subprocess.Popen[str]
-    log: Path
-    line: list[str] = field(default_factory=list[str])
-
-    def listen(self) -> None:
-        assert self.process.stdout is not None
-        self.line.append(self.process.stdout.readline())
+        return self.child.process.poll() is None
 
 
 class LocalSwarm:
     """`with LocalSwarm(model, spans=["0:8", "8:16", "16:24"]) as swarm:` then `swarm.peers`.
 
     A bootstrap node and one server process per span, on loopback; None is the bundled model. They
-    inherit the environment, changed by `env`; `server_args` are more arguments of `swarm-server`;
-    `on_ready` is called when the bootstrap node and each server is ready.
+    inherit the environment, changed by `env`; `server_args` are more arguments of `swarm-server`.
     All is gone when the block ends, and when this process does, however it ends.
     """
 
@@ -90,22 +108,19 @@ class LocalSwarm:
         dtype: str = "auto",
         env: Mapping[str, str] | None = None,
         server_args: Sequence[str] = (),
-        on_ready: Callable[[], object] = lambda: None,
     ) -> None:
-        self.model_path = model or DEMO_MODEL
         self.peers: list[str] = []
         self.servers: list[LocalServer] = []
         self._spans = [BlockRange.parse(span) for span in spans]
         self._key = swarm_key if isinstance(swarm_key, str | None) else swarm_key.text()
         self._server_args = [str(model or DEMO_NAME), "--dtype", dtype, *server_args]
         self._env = _environment(env or {})
-        self._on_ready = on_ready
         self._guardian: subprocess.Popen[bytes] | None = None
         self._bootstrap: _Child | None = None
 
     def __enter__(self) -> LocalSwarm:
         self._folder = Path(tempfile.mkdtemp(prefix="swarm-"))
-        # The servers' DHT daemons put their folders there, so that we can see when they are gone.
+        # DHT daemons put their sockets there, so that we can see when they are gone.
         self._env["TMPDIR"] = str(self._folder)
         try:
             self._start()
@@ -119,12 +134,12 @@ class LocalSwarm:
 
     def kill(self, index: int) -> None:
         """SIGKILL; returns when the process is gone."""
-        self.servers[index].process.kill()
-        self.servers[index].process.wait()
+        self._process(index).kill()
+        self._process(index).wait()
 
     def stop(self, index: int) -> int:
         """SIGTERM, and wait for the polite end. Returns the exit status (0 if it was polite)."""
-        process = self.servers[index].process
+        process = self._process(index)
         self.thaw(index)
         process.terminate()
         try:
@@ -136,45 +151,38 @@ class LocalSwarm:
     def freeze(self, index: int) -> None:
         """SIGSTOP: the connections stay open, but nobody answers. Returns when that holds."""
         if self.servers[index].alive:
-            self.servers[index].process.send_signal(signal.SIGSTOP)
+            self._process(index).send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, self.servers[index].pid, os.WSTOPPED)
 
     def thaw(self, index: int) -> None:
         """SIGCONT."""
-        self.servers[index].process.send_signal(signal.SIGCONT)
+        self._process(index).send_signal(signal.SIGCONT)
 
     def add(self, span: str) -> int:
         """Start another server and wait until it is ready. Returns its index."""
-        index = len(self.servers)
-        child = self._start_server(BlockRange.parse(span))
-        self._await_servers([(self.servers[index], child)])
-        return index
+        server = self._start_server(BlockRange.parse(span))
+        self._await([server])
+        return server.index
 
     def close(self) -> None:
         """End every process and remove what they left. Idempotent.
 
         Not politely: there is nobody left to whom it would matter.
         """
-        processes = [server.process for server in self.servers]
-        if self._bootstrap is not None:
-            processes.append(self._bootstrap.process)
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):  # what it never read is still in the pipe
-                    if pipe is not None:
-                        pipe.close()
+        bootstrap = [self._bootstrap] if self._bootstrap else []
+        children = [*bootstrap, *(server.child for server in self.servers)]
+        for child in children:
+            child.process.kill()
+        for child in children:  # close its pipes and wait; what it never read is still in one
+            with suppress(BrokenPipeError), child.process:
+                pass
         deadline = time.monotonic() + _CLOSE_SECONDS
         while any(self._folder.glob("swarm-dht-*")) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
         if self._guardian is not None:
             self._guardian.kill()
-            self._guardian.wait()
-            assert self._guardian.stdin is not None
-            self._guardian.stdin.close()
-            self._guardian = None
+            with self._guardian:
+                pass
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -185,27 +193,27 @@ class LocalSwarm:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        if self._key is not None:
-            path = self._folder / "swarm.key"
-            path.touch(mode=0o600)
-            path.write_text(self._key)
-            self._server_args += ["--swarm-key", str(path)]
         arguments = ["dht", "--host=127.0.0.1", "--port=0"]
         arguments += ["--identity", str(self._folder / "dht.identity")]
-        arguments += self._server_args[-2:] if self._key is not None else []
+        if self._key is not None:
+            from swarm.identity import write_secret
+
+            write_secret(self._folder / "swarm.key", self._key.encode())
+            in_private = ["--swarm-key", str(self._folder / "swarm.key")]
+            arguments += in_private
+            self._server_args += in_private
         self._bootstrap = self._spawn(arguments, "bootstrap")
         # All import what they need at the same time; then the servers wait for the peers.
-        children = [self._start_server(blocks) for blocks in self._spans]
-        self.peers = _await_ready(self._bootstrap)["peers"].split(",")
-        self._on_ready()
-        self._await_servers(list(zip(self.servers, children, strict=True)))
+        servers = [self._start_server(blocks) for blocks in self._spans]
+        self.peers = self._bootstrap.ready()["peers"].split(",")
+        self._await(servers)
 
-    def _start_server(self, blocks: BlockRange) -> _Child:
+    def _start_server(self, blocks: BlockRange) -> LocalServer:
         index = len(self.servers)
         arguments = ["server", *self._server_args, f"--blocks={blocks}", "--host=127.0.0.1"]
         child = self._spawn([*arguments, "--peers", "-"], f"server-{index}")
-        self.servers.append(LocalServer(index, blocks, child.process, child.log))
-        return child
+        self.servers.append(LocalServer(index, blocks, child))
+        return self.servers[-1]
 
     def _spawn(self, arguments: Sequence[str], name: str) -> _Child:
         assert self._guardian is not None
@@ -220,43 +228,22 @@ class LocalSwarm:
             text=True,
             start_new_session=True,  # Ctrl-C is ours to answer
         )
-        child = _Child(process, log)
-        threading.Thread(target=child.listen, name=f"swarm-{name}", daemon=True).start()
-        return child
+        return _Child(process, log)
 
-    def _await_servers(self, started: Sequence[tuple[LocalServer, _Child]]) -> None:
-        for server, _ in started:
-            assert server.process.stdin is not None
-            try:
-                server.process.stdin.write(" ".join(self.peers) + "\n")
-                server.process.stdin.flush()
-            except BrokenPipeError:
-                continue  # it has ended, and its log says why
-        for server, child in started:
-            ready = _await_ready(child)
+    def _await(self, servers: Sequence[LocalServer]) -> None:
+        """Tell them the peers, and wait until each is ready."""
+        for stdin in (server.child.process.stdin for server in servers):
+            assert stdin is not None
+            with suppress(BrokenPipeError):  # it has ended, and its log says why
+                stdin.write(" ".join(self.peers) + "\n")
+                stdin.flush()
+        for server in servers:
+            ready = server.child.ready()
             server.address = ready["address"]
             server.peer_id = ready["peers"].rpartition("/")[2]
-            self._on_ready()
 
-
-def _await_ready(child: _Child) -> Mapping[str, str]:
-    """Raises UsageError if the process said that it was asked for what cannot be."""
-    deadline = time.monotonic() + _START_SECONDS
-    while not child.line and time.monotonic() < deadline:
-        time.sleep(_LOOK_SECONDS)
-    if not child.line:
-        raise SwarmError(f"not ready after {_START_SECONDS:g} s:\n{_tail(child.log)}")
-    found = _READY.fullmatch(child.line[0].strip())
-    if found is None:
-        status = child.process.wait()
-        kind = UsageError if status == 2 else SwarmError
-        raise kind(f"a process of the local swarm ended ({status}):\n{_tail(child.log)}")
-    return found.groupdict(default="")
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return "\n".join(lines[-15:]) or "it says nothing"
+    def _process(self, index: int) -> subprocess.Popen[str]:
+        return self.servers[index].child.process
 
 
 def _environment(changes: Mapping[str, str]) -> dict[str, str]:

@@ -57,11 +57,12 @@ def complaint(capsys: pytest.CaptureFixture[str], status: int) -> str:
         ("--blocks five", "'five' are not START:END, for example 0:20"),
         ("--blocks 0:99", "choose --blocks within 0:24"),
         ("--blocks 0:2 --num-blocks 3", "not allowed with argument --blocks; see `swarm-server"),
-        ("--num-blocks 0", "give 1 or more"),
-        ("--port 70000", "'70000' is not a port"),
+        ("--num-blocks 0", "'0' is no whole number from 1 to"),
+        ("--port 70000", "--port: '70000' is no whole number from 0 to 65535; see `swarm-server"),
         ("--speed", "unrecognized arguments: --speed; see `swarm-server --help`"),
         ("--dtype int3", "choose from"),
         ("--device abacus", "torch finds no device 'abacus'"),
+        ("--device meta", "torch finds no device 'meta'"),
         ("./no-such-folder", "there is no folder ./no-such-folder: check the path"),
         ("nobody/no-such-model", "cannot be reached and"),
         ("a b c", "unrecognized arguments"),
@@ -69,7 +70,10 @@ def complaint(capsys: pytest.CaptureFixture[str], status: int) -> str:
         ("--swarm-key /no/such/file", "make one with `swarm key new`"),
         (f"--peers {NOBODY}", "no peers reachable at"),
         ("--peers 10.0.0.5:4001", "is not the address of a peer"),
+        ("--peers=", "--peers is empty: give the address"),
+        ("--swarm-key=", "the swarm key is empty"),
         ("--host example.org", "host 'example.org' is not an IP address"),
+        ("--announce-host=no/where", "'no/where' is neither an IP address nor a name"),
         ("--name " + "x" * 31, "choose another --name"),
     ],
 )
@@ -109,7 +113,7 @@ def test_a_gated_repo_without_a_token(
         ("status", "give --peers or set SWARM_PEERS"),
         ("chat", "give --peers or set SWARM_PEERS"),
         (f"status --peers {NOBODY}", "no peers reachable at"),
-        ("demo --tokens 2", "--tokens is between"),
+        ("demo --tokens 2", "'2' is no whole number from 4 to 1500"),
         ("key old", "choose from"),
         ("key new --out /no/such/folder/key", "choose another --out"),
         ("dht --identity /dev/null/x --host 127.0.0.1", "choose another"),
@@ -152,7 +156,7 @@ def test_a_new_key_is_for_its_owner_alone(
 ) -> None:
     path = tmp_path / "secret.key"
     assert main(["key", "new", "--out", str(path)]) == 0
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o400
     assert SwarmKey.load(path).text() == path.read_text().strip()
     assert "exists; choose another --out" in complaint(
         capsys, main(["key", "new", "--out", str(path)])
@@ -231,7 +235,7 @@ def test_a_demo_that_is_not_identical_fails(monkeypatch: pytest.MonkeyPatch) -> 
         def __enter__(self) -> Any:
             return self
 
-        def close(self) -> None:
+        def __exit__(self, *_: object) -> None:
             Swarm.closed += 1
 
     monkeypatch.setattr("swarm.cli.demo.LocalSwarm", Swarm)
@@ -301,5 +305,5 @@ def test_a_text_breaks_between_words_on_a_terminal() -> None:
     show = _Show(Console(file=screen, force_terminal=True, width=12, highlight=False))
     for piece in ("In the", " beginning", " was", " the", " word"):
         show.text(piece)
-    show.end_text()
-    assert screen.getvalue() == "In the\nbeginning\nwas the\nword\n"
+    show.line("end")
+    assert screen.getvalue() == "In the\nbeginning\nwas the\nword\nend\n"

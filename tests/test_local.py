@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,22 @@ def test_chat_sends_only_what_is_new(
         assert len(steps) == 2
     else:
         assert steps == sent
+
+
+def test_ctrl_c_at_the_prompt_of_a_chat_leaves_politely(swarm: LocalSwarm) -> None:
+    env = os.environ | {"SWARM_PEERS": swarm.peers[0], "SWARM_KEY": KEY.text()}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-m", "swarm", "chat"]
+    with subprocess.Popen(command, env=env, text=True, **pipes) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "swarm-demo: say something (Ctrl-D ends)\n"
+            assert process.stdout.read(2) == "> "
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, rest, errors) == (0, "\n", "")
 
 
 def test_servers_come_freeze_and_go(swarm: LocalSwarm) -> None:

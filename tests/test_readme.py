@@ -44,9 +44,9 @@ def test_every_command_is_there() -> None:
 def test_commands_parse(words: list[str]) -> None:
     match words[0]:
         case "swarm-server":
-            server_parser("swarm-server").parse_args(words[1:])
+            server_parser().parse_args(words[1:])
         case "swarm-dht":
-            dht_parser("swarm-dht").parse_args(words[1:])
+            dht_parser().parse_args(words[1:])
         case "swarm":
             pass  # test_subcommands_exist
         case script:

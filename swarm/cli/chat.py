@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from swarm.cli.common import (
-    ENVIRONMENT,
-    Parser,
-    add_swarm_arguments,
-    add_verbose,
+    add_model,
+    joining_parser,
     need_peers,
+    parse_joining,
     quick_imports,
-    start_logging,
-    swarm_key_of,
+    whole,
 )
+from swarm.errors import UsageError
 
 _HELP = """\
 Talk to a model that a swarm serves. Without a chat template the model goes on with your text.
@@ -23,42 +22,54 @@ examples:
   swarm chat --peers /ip4/.../p2p/Qm...
   swarm chat meta-llama/Llama-3.1-8B-Instruct --tokens 400 --temperature 0.7
 
-Ctrl-C ends an answer, Ctrl-D the conversation.
+Ctrl-C ends an answer; Ctrl-D, or Ctrl-C at the prompt, the conversation.
 """
 
 
 def chat(argv: Sequence[str]) -> int:
-    parser = Parser("swarm chat", description=_HELP, epilog=ENVIRONMENT)
+    parser = joining_parser("swarm chat", _HELP)
+    add_model(parser, "folder or Hugging Face repo (default: what the swarm serves)")
     parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="folder or Hugging Face repo (default: what the swarm serves)",
+        "--tokens",
+        type=whole(1, 1 << 20),
+        metavar="N",
+        default=200,
+        help="at most, for one answer (default: %(default)s)",
     )
-    parser.add_argument("--model-name", metavar="NAME", help="its name in the swarm, for a folder")
-    parser.add_argument("--revision", help="branch, tag or commit of a repo")
-    add_swarm_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=200, help="at most, for one answer")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest word")
-    parser.add_argument("--length", type=int, default=2048, help="of the whole conversation")
-    add_verbose(parser)
-    arguments = parser.parse_args(argv)
-    peers, key = need_peers(arguments), swarm_key_of(arguments)
-    start_logging(arguments.verbose)
-    model = arguments.model
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        default=0.8,
+        help="0 takes the likeliest word (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--length",
+        type=whole(2, 1 << 20),
+        metavar="N",
+        default=2048,
+        help="of the whole conversation, in tokens (default: %(default)s)",
+    )
+    arguments = parse_joining(parser, argv)
+    peers, key, model = need_peers(arguments.peers), arguments.swarm_key, arguments.model
     if model is None:
         from swarm.cli.status import survey
 
         if not (views := survey(peers, key, None)):
-            print("this swarm serves no model yet: start one with `swarm-server MODEL`")
-            return 1
+            raise UsageError(
+                "this swarm serves no model yet: start a server with `swarm-server MODEL`"
+            )
         model = views[0].model.name
     with quick_imports():
         from transformers import AutoTokenizer
 
         from swarm.client.model import AutoDistributedModelForCausalLM
         from swarm.models.checkpoint import Checkpoint
-    source = {"name": arguments.model_name, "revision": arguments.revision}
+    source = {
+        "name": arguments.model_name,
+        "revision": arguments.revision,
+        "token": arguments.token,
+    }
     folder = Checkpoint.open(model, **source).fetch_tokenizer()
     remote = AutoDistributedModelForCausalLM.from_pretrained(model, peers, swarm_key=key, **source)
     conversation = _Conversation(remote, AutoTokenizer.from_pretrained(folder), arguments)

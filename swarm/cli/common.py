@@ -1,4 +1,4 @@
-"""What all commands share: arguments, where peers and keys come from, errors in one sentence."""
+"""What all commands share: their parser, how imports and logging begin, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import argparse
 import gc
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from swarm.errors import SwarmError, UsageError
+from swarm.joining import initial_peers_of, swarm_key_of
 
-if TYPE_CHECKING:
-    from swarm.identity import SwarmKey
+BAD_USAGE = 2
+INTERRUPTED = 130  # what shells call a command that Ctrl-C ended
 
 ENVIRONMENT = """\
 environment:
@@ -26,27 +26,27 @@ environment:
   HF_ENDPOINT, HF_TOKEN, HF_HOME   where models come from, who you are there, where they are kept
 """
 
-BAD_USAGE = 2
-INTERRUPTED = 130  # what shells call a command that Ctrl-C ended
-
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, with the next step; help keeps its line breaks."""
 
-    def __init__(self, prog: str, **kwargs: object) -> None:
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
         super().__init__(
             prog,
+            description=description,
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **kwargs,  # pyright: ignore[reportArgumentType]  # argparse's own, passed on
         )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-def add_swarm_arguments(parser: argparse.ArgumentParser) -> None:
-    """--peers and --swarm-key: which swarm is meant."""
-    parser.add_argument(
+def joining_parser(prog: str, description: str) -> Parser:
+    """Of a command that joins a swarm: --peers, --swarm-key, --verbose."""
+    parser = Parser(prog, description, ENVIRONMENT)
+    which = parser.add_argument_group("which swarm")
+    which.add_argument(
         "--peers",
         nargs="+",
         action="extend",
@@ -54,29 +54,62 @@ def add_swarm_arguments(parser: argparse.ArgumentParser) -> None:
         help="addresses (/ip4/.../tcp/.../p2p/...) of servers or bootstrap nodes to join through; "
         "`-` reads them from standard input",
     )
-    parser.add_argument(
+    which.add_argument(
         "--swarm-key",
         metavar="KEY|FILE",
         help="the secret of a private swarm (see `swarm key new`); better a file, as others on "
         "this machine can read command lines",
     )
+    add_verbose(parser)
+    return parser
 
 
-def add_verbose(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: Parser, what: str) -> None:
+    """MODEL and where it comes from: what `Checkpoint.open` wants to know."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=what)
+    parser.add_argument("--model-name", metavar="NAME", help="its name in the swarm, for a folder")
+    parser.add_argument("--revision", help="branch, tag or commit of a repo")
+    parser.add_argument("--token", help="for gated or private repos (default: HF_TOKEN)")
+
+
+def add_verbose(parser: Parser) -> None:
     parser.add_argument("--verbose", "-v", action="store_true", help="log more, to stderr")
 
 
-def peers_of(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """From --peers, else SWARM_PEERS. Waits for standard input if that is where they come from."""
-    given: Sequence[str] = arguments.peers or [os.environ.get("SWARM_PEERS", "")]
-    if "-" in given:
-        given = [sys.stdin.readline() if peer == "-" else peer for peer in given]
-    return tuple(peer for text in given for peer in re.split(r"[\s,]+", text) if peer)
+def parse_joining(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments, with `swarm_key` as a SwarmKey or None; starts logging. Raises UsageError."""
+    arguments = parser.parse_args(argv)
+    arguments.swarm_key = swarm_key_of(arguments.swarm_key)
+    start_logging(arguments.verbose)
+    return arguments
 
 
-def need_peers(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """As `peers_of`. Raises UsageError if there are none."""
-    if peers := peers_of(arguments):
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number from `low` to `high`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {low} to {high}")
+        return int(text)
+
+    return convert
+
+
+def read_peers(given: Sequence[str] | None) -> tuple[str, ...]:
+    """From --peers or SWARM_PEERS; waits for standard input if that is where they come from.
+
+    Raises UsageError if --peers is there and empty: nobody means to start a swarm of their own so.
+    """
+    texts = [sys.stdin.readline() if text == "-" else text for text in given or ()]
+    peers = initial_peers_of(texts)
+    if given and not peers:
+        raise UsageError("--peers is empty: give the address that a server printed")
+    return peers
+
+
+def need_peers(given: Sequence[str] | None) -> tuple[str, ...]:
+    """As `read_peers`. Raises UsageError if there are none."""
+    if peers := read_peers(given):
         return peers
     raise UsageError(
         "which swarm? give --peers or set SWARM_PEERS to the address that a server printed, "
@@ -84,18 +117,8 @@ def need_peers(arguments: argparse.Namespace) -> tuple[str, ...]:
     )
 
 
-def swarm_key_of(arguments: argparse.Namespace) -> SwarmKey | None:
-    """From --swarm-key, else SWARM_KEY. Raises UsageError."""
-    text = arguments.swarm_key or os.environ.get("SWARM_KEY")
-    if not text:
-        return None
-    from swarm.identity import SwarmKey
-
-    return SwarmKey.parse(text) if text.startswith("swarm-key-") else SwarmKey.load(text)
-
-
-def start_logging(verbose: bool) -> None:
-    """Warnings, one line each, to stderr; everything of ours if `verbose`."""
+def start_logging(verbose: bool, quiet: int = logging.WARNING) -> None:
+    """One line each to stderr: warnings (of ours from level `quiet` on), or all if `verbose`."""
     logging.basicConfig(
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -103,7 +126,7 @@ def start_logging(verbose: bool) -> None:
         level=logging.INFO if verbose else logging.WARNING,
         force=True,
     )
-    logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else quiet)
 
 
 @contextmanager
@@ -130,12 +153,9 @@ def run_command(program: str, command: Callable[[], int]) -> int:
     """The exit status of `command`, with what people should know on stderr, never a traceback."""
     try:
         return command()
-    except UsageError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return BAD_USAGE
     except SwarmError as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 1
+        return BAD_USAGE if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # `swarm status | head`

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from importlib import import_module
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
-from swarm.cli.common import INTERRUPTED, Parser, add_verbose, quick_imports, start_logging
-from swarm.errors import UsageError
-from swarm.local import LocalSwarm
+from swarm.cli.common import (
+    INTERRUPTED,
+    Parser,
+    add_verbose,
+    quick_imports,
+    start_logging,
+    whole,
+)
+from swarm.local import LocalServer, LocalSwarm
 from swarm.models.demo import DEMO_MODEL, DEMO_NAME
 
 if TYPE_CHECKING:
@@ -41,51 +48,57 @@ _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
 def demo(argv: Sequence[str]) -> int:
-    parser = Parser("swarm demo", description=_HELP)
-    parser.add_argument("--prompt", default=_PROMPT, help="what the text begins with")
-    parser.add_argument("--tokens", type=int, default=96, help="how many to write (default: 96)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser = Parser("swarm demo", _HELP)
+    parser.add_argument(
+        "--prompt", metavar="TEXT", default=_PROMPT, help="what the text begins with"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=whole(4, 1500),
+        metavar="N",
+        default=96,
+        help="how many to write (default: 96)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole(0, 1 << 31),
+        metavar="N",
+        default=0,
+        help="of the sampling (default: 0)",
+    )
     parser.add_argument("--keep", action="store_true", help="leave the swarm running at the end")
     add_verbose(parser)
     arguments = parser.parse_args(argv)
-    if not 4 <= arguments.tokens <= 1500:
-        raise UsageError("--tokens is between 4 and 1500, so that there is a middle to kill in")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share few cores: this one as well
-    start_logging(arguments.verbose)
-    if not arguments.verbose:
-        import logging
-
-        logging.getLogger("swarm").setLevel(logging.ERROR)  # the failure is part of the show
+    start_logging(arguments.verbose, quiet=logging.ERROR)  # the failure is part of the show
     from rich.console import Console
 
-    show = _Show(Console(highlight=False))
+    console = Console(highlight=False)
+    show, count = _Show(console), len(_SPANS)
     importing = threading.Thread(target=_import, name="swarm-import", daemon=True)
     importing.start()
     began = time.monotonic()
     try:
-        with show.starting(len(_SPANS) + 1) as on_ready:
-            swarm = LocalSwarm(spans=_SPANS, dtype="float32", on_ready=on_ready).__enter__()
+        with ExitStack() as stack:
+            show.line(f"starting {count + 1} processes")
+            with console.status("they load"):
+                swarm = stack.enter_context(LocalSwarm(spans=_SPANS, dtype="float32"))
+                importing.join()
+            seconds = time.monotonic() - began
+            show.line(f"{count} servers of {DEMO_NAME} are up, each a process ({seconds:.1f} s)")
+            identical = _perform(swarm, show, arguments)
+            if arguments.keep:
+                _keep(swarm, show)
     except KeyboardInterrupt:  # the swarm is closed; torch must not be disturbed while it loads
         os._exit(INTERRUPTED)
-    try:
-        importing.join()
-        seconds = time.monotonic() - began
-        show.line(f"{len(_SPANS)} servers of {DEMO_NAME} are up, each a process ({seconds:.1f} s)")
-        identical = _perform(swarm, show, arguments)
-        if arguments.keep:
-            _keep(swarm, show)
-    finally:
-        swarm.close()
     return 0 if identical else 1
 
 
-def _import() -> tuple[object, object]:
+def _import() -> None:
     """What the client needs; it takes as long as the servers' start."""
     with quick_imports():
-        from transformers.models.llama import LlamaForCausalLM
-
-        from swarm.client.model import AutoDistributedModelForCausalLM
-    return LlamaForCausalLM, AutoDistributedModelForCausalLM
+        import_module("transformers.models.llama.modeling_llama")
+        import_module("swarm.client.model")
 
 
 def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
@@ -110,10 +123,13 @@ def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
     disable_progress_bar()
     local = cast(Any, AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32))
     torch.manual_seed(arguments.seed)
-    expected = local.generate(ids, **options)
-    show.pause(stage.pause_ms, stage.token_ms)
-    identical = torch.equal(output, expected)
-    show.verdict(identical, count)
+    identical = torch.equal(output, local.generate(ids, **options))
+    show.line(f"pause: {stage.pause_ms:.0f} ms (other tokens: {stage.token_ms:.1f} ms each)")
+    show.line(
+        f"identical: {'yes' if identical else 'NO'} "
+        f"({count} tokens, against the model in one piece)",
+        "bold green" if identical else "bold red",
+    )
     return identical
 
 
@@ -121,24 +137,16 @@ def _keep(swarm: LocalSwarm, show: _Show) -> None:
     with suppress(KeyboardInterrupt):
         show.line("the swarm stays up until Ctrl-C; in another terminal:")
         for command in (f"export SWARM_PEERS={swarm.peers[0]}", "swarm status", "swarm chat"):
-            show.line(f"  {command}")
+            show.line(f"  {command}", "cyan")
         threading.Event().wait()
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One hop of a route, for people."""
-
-    blocks: str
-    server: int
-    pid: int
-    address: str
+_Hop = tuple[str, LocalServer]  # its blocks, who serves them
 
 
-def _route(swarm: LocalSwarm, session: Any) -> list[_Row]:
+def _route(swarm: LocalSwarm, session: Any) -> list[_Hop]:
     servers = {server.peer_id: server for server in swarm.servers}
-    hops = [(str(hop.blocks), servers[hop.peer_id]) for hop in session.hops]
-    return [_Row(blocks, server.index, server.pid, server.address) for blocks, server in hops]
+    return [(str(hop.blocks), servers[hop.peer_id]) for hop in session.hops]
 
 
 class _Stage:
@@ -155,15 +163,14 @@ class _Stage:
         self._swarm, self._session, self._show = swarm, session, show
         self._decode, self._kill_at = decode, kill_at
         self._ids: list[int] = []
-        self._prompt_length = 0
         self._shown = ""
         self._times: list[float] = []
 
     def put(self, value: Any) -> None:
         """The prompt first, then every token, as generate calls it."""
+        first = not self._ids
         self._ids += value.flatten().tolist()
-        if not self._prompt_length:
-            self._prompt_length = len(self._ids)
+        if first:
             return
         self._times.append(time.perf_counter())
         if len(self._times) == 1:
@@ -176,7 +183,7 @@ class _Stage:
             self._kill()
 
     def end(self) -> None:
-        self._show.end_text()
+        """Nothing to do: the next line of the show ends the text."""
 
     @property
     def pause_ms(self) -> float:
@@ -191,95 +198,36 @@ class _Stage:
         return median(gaps)
 
     def _kill(self) -> None:
-        middle = _route(self._swarm, self._session)[1]
-        self._show.killed(middle)
-        self._swarm.kill(middle.server)
+        blocks, server = _route(self._swarm, self._session)[1]
+        what = f"server {server.index} (blocks {blocks}, process {server.pid}) is killed"
+        self._show.line(what, "bold white on red")
+        self._swarm.kill(server.index)
 
 
 class _Show:
-    """What is seen: colours and tables on a terminal, plain lines elsewhere."""
+    """What is seen: lines, and a text that breaks between words; colours on a terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._fancy = console.is_terminal
-        self._column = 0
-        self._line: list[str] = []  # text that waits for its line's end, off a terminal
+        self._column = 0  # of the text
 
-    def line(self, text: str) -> None:
-        if self._fancy:
-            self._console.print(f"[green]●[/] {text}" if text[0] != " " else f"[cyan]{text}[/]")
-        else:
-            print(text, flush=True)
+    def line(self, line: str, style: str = "") -> None:
+        """On a line of its own, also in the middle of a text."""
+        if self._column:
+            self._console.print()
+            self._column = 0
+        self._console.print(line, style=style, soft_wrap=True)
 
-    @contextmanager
-    def starting(self, total: int) -> Generator[Callable[[], None]]:
-        """A progress bar; call what it gives each time that one of `total` processes is ready."""
-        if not self._fancy:
-            print(f"starting {total} processes", flush=True)
-            yield lambda: None
-            return
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TimeElapsedColumn
-
-        columns = (
-            SpinnerColumn(),
-            "starting {task.total} processes",
-            BarColumn(),
-            TimeElapsedColumn(),
-        )
-        with Progress(*columns, console=self._console, transient=True) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda: progress.advance(task)
-
-    def route(self, title: str, rows: Sequence[_Row]) -> None:
-        if not self._fancy:
-            for row in rows:
-                print(f"{title}: blocks {row.blocks} on server {row.server}", end=" ")
-                print(f"(process {row.pid}, {row.address})", flush=True)
-            return
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left", box=None, header_style="dim")
-        for name in ("blocks", "server", "process", "address"):
-            table.add_column(name)
-        for row in rows:
-            table.add_row(row.blocks, f"#{row.server}", str(row.pid), row.address)
-        self._console.print()
-        self._console.print(table)
-        self._console.print()
+    def route(self, title: str, hops: Sequence[_Hop]) -> None:
+        for blocks, server in hops:
+            where = f"(process {server.pid}, {server.address})"
+            self.line(f"{title}: blocks {blocks} on server {server.index} {where}", "cyan")
 
     def text(self, piece: str) -> None:
-        """Breaks lines between words."""
-        if not self._fancy:
-            self._line.append(piece)
-            return
         for word in re.findall(r"\s*\S+|\s+", piece):
             if self._column + len(word) >= self._console.width and word[0].isspace():
                 self._console.print()
-                self._column, word = 0, word.lstrip()
+                self._column = 0
+            word = word if self._column else word.lstrip()
             self._console.out(word, end="", highlight=False)
-            self._column = len(word) if "\n" in word else self._column + len(word)
-
-    def end_text(self) -> None:
-        if self._fancy:
-            self._console.print()
-        elif self._line:
-            print("text:", "".join(self._line).strip(), flush=True)
-        self._column, self._line = 0, []
-
-    def killed(self, row: _Row) -> None:
-        what = f"server {row.server} (blocks {row.blocks}, process {row.pid}) is killed"
-        if self._fancy:
-            self._console.print(f" [bold white on red] ✗ {what} [/] ", end="")
-            self._column += len(what) + 6
-        else:
-            self.end_text()
-            print(what, flush=True)
-
-    def pause(self, pause_ms: float, token_ms: float) -> None:
-        self.line(f"pause: {pause_ms:.0f} ms (other tokens: {token_ms:.1f} ms each)")
-
-    def verdict(self, identical: bool, count: int) -> None:
-        answer = "yes" if identical else "NO"
-        if self._fancy:
-            answer = f"[bold {'green' if identical else 'red'}]{answer}[/]"
-        self.line(f"identical: {answer} ({count} tokens, against the model in one piece)")
+            self._column = len(word.rpartition("\n")[2]) + (0 if "\n" in word else self._column)

@@ -23,35 +23,40 @@ commands:
 Each has a --help of its own. To begin: `swarm demo`.
 """
 
+_KEY_HELP = """\
+Make the secret of a private swarm: who holds it may join, serve and read.
+
+examples:
+  swarm key new --out secret.key
+  swarm-server --swarm-key secret.key --blocks 0:20
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`swarm`."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command("swarm", lambda: _dispatch(arguments))
+    return _run("swarm", [], argv)
 
 
 def server_main(argv: Sequence[str] | None = None) -> int:
     """`swarm-server`."""
-    from swarm.cli.serve import serve
-
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command("swarm-server", lambda: serve("swarm-server", arguments))
+    return _run("swarm-server", ["server"], argv)
 
 
 def dht_main(argv: Sequence[str] | None = None) -> int:
     """`swarm-dht`."""
-    from swarm.cli.serve import serve_dht
+    return _run("swarm-dht", ["dht"], argv)
 
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_command("swarm-dht", lambda: serve_dht("swarm-dht", arguments))
+
+def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> int:
+    arguments = [*command, *(sys.argv[1:] if argv is None else argv)]
+    return run_command(program, lambda: _dispatch(arguments))
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    parser = Parser("swarm", description=_HELP, epilog=ENVIRONMENT)
+    parser = Parser("swarm", _HELP, ENVIRONMENT)
     parser.add_argument("command", help="one of those above")
-    arguments = parser.parse_args(argv[:1] or ["--help"])
-    rest = argv[1:]
-    match arguments.command:
+    command, rest = parser.parse_args(argv[:1] or ["--help"]).command, argv[1:]
+    match command:
         case "demo":
             from swarm.cli.demo import demo
 
@@ -69,45 +74,30 @@ def _dispatch(argv: Sequence[str]) -> int:
         case "server":
             from swarm.cli.serve import serve
 
-            return serve("swarm server", rest)
+            return serve(rest)
         case "dht":
             from swarm.cli.serve import serve_dht
 
-            return serve_dht("swarm dht", rest)
-        case unknown:
-            raise UsageError(f"there is no command '{unknown}'; see `swarm --help`")
+            return serve_dht(rest)
+        case _:
+            raise UsageError(f"there is no command '{command}'; see `swarm --help`")
 
 
 def _key(argv: Sequence[str]) -> int:
-    parser = Parser(
-        "swarm key",
-        description="Make the secret of a private swarm: who holds it may join, serve and read.\n\n"
-        "examples:\n  swarm key new --out secret.key\n"
-        "  swarm-server --swarm-key secret.key --blocks 0:20",
-    )
-    parser.add_argument("action", choices=["new"])
+    parser = Parser("swarm key", _KEY_HELP)
+    parser.add_argument("action", choices=["new"], help="make a new secret")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write it there, for your eyes only"
     )
     arguments = parser.parse_args(argv)
-    from swarm.identity import SwarmKey
+    from swarm.identity import SwarmKey, write_secret
 
     text = SwarmKey.generate().text()
     if arguments.out is None:
         print(text)
         return 0
     try:
-        write_secret(arguments.out, text + "\n")
-    except FileExistsError as error:
-        raise UsageError(f"{arguments.out} exists; choose another --out") from error
+        write_secret(arguments.out, f"{text}\n".encode())
     except OSError as error:
         raise UsageError(f"{arguments.out}: {error.strerror}; choose another --out") from error
     return 0
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Where no file is yet, readable by the owner alone. Raises OSError."""
-    import os
-
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)

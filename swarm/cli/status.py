@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from swarm.cli.common import (
-    ENVIRONMENT,
-    Parser,
-    add_swarm_arguments,
-    add_verbose,
+    joining_parser,
     need_peers,
+    parse_joining,
     quick_imports,
-    start_logging,
-    swarm_key_of,
 )
 from swarm.errors import UsageError
 
@@ -39,15 +35,11 @@ _COLOURS = {"healthy": "green", "degraded": "yellow", "broken": "red"}
 
 
 def status(argv: Sequence[str]) -> int:
-    parser = Parser("swarm status", description=_HELP, epilog=ENVIRONMENT)
+    parser = joining_parser("swarm status", _HELP)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="show only this one")
-    add_swarm_arguments(parser)
     parser.add_argument("--json", action="store_true", help="for programs")
-    add_verbose(parser)
-    arguments = parser.parse_args(argv)
-    peers, key = need_peers(arguments), swarm_key_of(arguments)
-    start_logging(arguments.verbose)
-    views = survey(peers, key, arguments.model)
+    arguments = parse_joining(parser, argv)
+    views = survey(need_peers(arguments.peers), arguments.swarm_key, arguments.model)
     if arguments.json:
         print(json.dumps({"models": [_as_object(view) for view in views]}, indent=2))
         return 0

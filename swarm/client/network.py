@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import secrets
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from swarm.client.hop import Terms, endpoint_of
@@ -29,6 +27,7 @@ from swarm.errors import (
     UsageError,
 )
 from swarm.identity import Access, Identity, SwarmKey, opening_transcript
+from swarm.joining import initial_peers_of, swarm_key_of
 from swarm.loop import BackgroundLoop
 from swarm.messages import Info, InfoRequest, Refused
 from swarm.rpc import RpcTransport
@@ -129,13 +128,13 @@ class SwarmNetwork:
         cls, initial_peers: Sequence[str] | None, swarm_key: SwarmKey | str | None
     ) -> SwarmNetwork:
         """Join, unless this process has already. Raises UsageError if nobody is reachable."""
-        peers = tuple(initial_peers or os.environ.get("SWARM_PEERS", "").replace(",", " ").split())
+        peers = initial_peers_of(initial_peers)
         if not peers:
             raise UsageError(
                 "no peers to join by: pass initial_peers=[...] or set SWARM_PEERS to what "
                 "swarm-server or swarm-dht printed behind 'peers='"
             )
-        key = as_swarm_key(swarm_key or os.environ.get("SWARM_KEY"))
+        key = swarm_key_of(swarm_key)
         with cls._lock:
             shared = (peers, key.text() if key else "")
             if shared not in cls._shared or not cls._shared[shared].loop.alive:
@@ -223,10 +222,3 @@ class SwarmNetwork:
                 f"--blocks 0:{view.num_blocks}"
             )
         return max(covered, key=lambda numerics: (len(covered[numerics]), numerics.dtype))
-
-
-def as_swarm_key(key: SwarmKey | str | None) -> SwarmKey | None:
-    """A key, its text, or the file it is in. Raises UsageError."""
-    if key is None or isinstance(key, SwarmKey):
-        return key
-    return SwarmKey.load(key) if Path(key).expanduser().is_file() else SwarmKey.parse(key)

@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # torch's `meta` has no numbers
     # RuntimeError: no such device; AssertionError: a torch that was built without it
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
