@@ -56,7 +56,7 @@ class FakeNetwork:
         self._dead: set[str] = set()
         self._frozen: set[str] = set()
         self._blocked: set[frozenset[str]] = set()
-        self._dialing = _Pulse()
+        self._thawed = asyncio.Event()
 
     def transport(self, name: str) -> FakeTransport:
         """How the peer of that name dials others."""
@@ -82,9 +82,9 @@ class FakeNetwork:
     def thaw(self, endpoint: Endpoint) -> None:
         """SIGCONT: everything that waited goes on."""
         self._frozen.discard(endpoint.peer_id)
-        self._dialing.beat()
+        _beat(self._thawed)
         for line in list(self._lines):
-            line.pulse.beat()
+            _beat(line.pulse)
 
     def block(self, one: str, other: str) -> None:
         """The link between two peers is down: streams break and dials are refused."""
@@ -102,7 +102,7 @@ class FakeNetwork:
     async def dial(self, source: str, endpoint: Endpoint, method: str) -> _FakeStream:
         """Raises PeerUnavailable, AuthenticationError; waits while either peer is frozen."""
         while self.is_frozen(source) or self.is_frozen(endpoint.peer_id):
-            await self._dialing.wait()
+            await self._thawed.wait()
         server, service = self._servers.get((endpoint.host, endpoint.port), (None, None))
         ends = frozenset((source, endpoint.peer_id))
         if service is None or ends & self._dead or ends in self._blocked:
@@ -174,26 +174,6 @@ class FakeTransport(Transport):
         self._network.hang_up(self._name)
 
 
-class _Pulse:
-    """Wakes everybody who waits for something to change."""
-
-    def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
-
-    async def wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
-
-    def beat(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-
 class _Direction:
     """Frames on their way from one end to the other."""
 
@@ -207,7 +187,7 @@ class _Line:
 
     def __init__(self, ends: frozenset[str]) -> None:
         self.ends = ends
-        self.pulse = _Pulse()
+        self.pulse = asyncio.Event()  # something has changed
         self.broken: str | None = None
         self.over = False  # the handler has returned
         self.handler: asyncio.Task[None] | None = None
@@ -215,7 +195,7 @@ class _Line:
     def snap(self, reason: str) -> None:
         if self.broken is None:
             self.broken = reason
-            self.pulse.beat()
+            _beat(self.pulse)
             if self.handler is not None and asyncio.current_task() is not self.handler:
                 self.handler.cancel()
 
@@ -255,7 +235,7 @@ class _FakeStream:
         await self._wait_to_send()
         self._outgoing.frames.append(frame)
         self._network.frames[self._me, self._peer, self._method] += 1
-        self._line.pulse.beat()
+        _beat(self._line.pulse)
 
     async def receive(self) -> bytes | None:
         while True:
@@ -264,7 +244,7 @@ class _FakeStream:
             if not self._network.is_frozen(self._me):
                 if self._incoming.frames:
                     frame = self._incoming.frames.popleft()
-                    self._line.pulse.beat()
+                    _beat(self._line.pulse)
                     return frame
                 if self._incoming.ended:
                     return None
@@ -275,7 +255,7 @@ class _FakeStream:
 
     def end(self) -> None:
         self._outgoing.ended = True
-        self._line.pulse.beat()
+        _beat(self._line.pulse)
 
     def cancel(self) -> None:
         self._line.snap("the stream is closed")
@@ -291,6 +271,12 @@ class _FakeStream:
 
     def _gone(self) -> PeerUnavailable:
         return PeerUnavailable(f"{self._peer}: {self._line.broken or 'the stream is closed'}")
+
+
+def _beat(pulse: asyncio.Event) -> None:
+    """Wake everybody who waits for something to change."""
+    pulse.set()
+    pulse.clear()
 
 
 def _handler(service: Service, method: str) -> StreamHandler:

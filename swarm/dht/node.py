@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import importlib.resources
 import ipaddress
 import logging
 import math
@@ -14,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.message import DecodeError
 from hivemind import hivemind_cli
@@ -42,6 +41,7 @@ _STRAGGLER_SECONDS = 0.5  # for more initial peers, once one has answered
 _OPERATION_SECONDS = 15.0  # for a whole store or look-up
 _REJOIN_SECONDS = 15.0  # between searches for lost initial peers
 _CLOCKS = 7  # how many peers are asked for the time
+_CLIENT = "-dhtClient=1"
 _FAILURES = (P2PDaemonError, P2PHandlerError, DecodeError, OSError, EOFError)
 
 messages: Any = dht_pb2  # generated, and without types
@@ -71,11 +71,11 @@ class DhtNode:
         Raises UsageError, in one sentence, if that cannot be.
         """
         peers = [peer for peer in map(_Peer, initial_peers) if peer.name != identity.peer_id]
-        arguments = _daemon_arguments(host, port, client_mode)
-        node = cls(identity, peers, key, arguments, client_mode)
+        node = cls(identity, peers, key, _daemon_arguments(host, port, client_mode))
         try:
             await node._start()
-            await node._join()
+            if peers:
+                await node._join()
         except BaseException:
             await node.close()
             raise
@@ -83,19 +83,14 @@ class DhtNode:
         return node
 
     def __init__(
-        self,
-        identity: Identity,
-        peers: list[_Peer],
-        key: SwarmKey | None,
-        arguments: list[str],
-        client_mode: bool,
+        self, identity: Identity, peers: list[_Peer], key: SwarmKey | None, arguments: list[str]
     ) -> None:
         """Use `create`."""
         self.identity, self.key = identity, key
         self.clock_offset = 0.0  # seconds that the swarm's clock is ahead of ours
-        self._peers, self._arguments, self._client_mode = peers, arguments, client_mode
+        self._peers, self._arguments = peers, arguments
         self._daemon: Daemon | None = None
-        self._p2p: Any = None  # hivemind's connection to the daemon
+        self._control: Any = None  # hivemind's connection to the daemon
         self._dht: DHTNode | None = None
         self._keeper: asyncio.Task[None] | None = None
 
@@ -128,10 +123,9 @@ class DhtNode:
         }
 
     async def visible_addresses(self) -> list[str]:
-        """Multiaddrs at which others may join through us; loopback comes last."""
+        """Our own multiaddrs, as far as the daemon knows them: see `joinable_at`."""
         async with self._working("ask for our addresses") as dht:
-            addresses = [str(address) for address in await dht.get_visible_maddrs(latest=True)]
-        return sorted(addresses, key=lambda text: text.startswith("/ip4/127."))
+            return [str(address) for address in await dht.get_visible_maddrs(latest=True)]
 
     async def close(self) -> None:
         """Leave the swarm; returns when the daemon is gone. Idempotent."""
@@ -141,17 +135,16 @@ class DhtNode:
         await self._stop()
 
     async def _start(self) -> None:
-        binary = Path(str(importlib.resources.files(hivemind_cli) / "p2pd"))
+        p2pd = Path(hivemind_cli.__path__[0]) / "p2pd"
         try:
-            self._daemon = await Daemon.start(binary, self.identity, self._arguments)
+            self._daemon = await Daemon.start(p2pd, self.identity, self._arguments)
         except DaemonFailed as error:
             raise UsageError(f"the DHT does not start: {error}; check its host and port") from error
-        self._p2p = await P2P.replicate(Multiaddr(f"/unix{self._daemon.control}"))
-        control = self._p2p._client.control
-        # hivemind leaves these waiting for their time-outs
-        control._read_task.add_done_callback(lambda _: _give_up(control._pending_calls.values()))
+        p2p: Any = await P2P.replicate(Multiaddr(f"/unix{self._daemon.control}"))
+        self._control = control = p2p._client.control
+        control._read_task.add_done_callback(lambda _: _fail(control._pending_calls.values()))
         dht = await DHTNode.create(
-            self._p2p,
+            p2p,
             DHTID.generate(self.identity.peer_id),
             num_replicas=_REPLICAS,
             wait_timeout=_RPC_SECONDS,
@@ -160,7 +153,7 @@ class DhtNode:
             cache_on_store=False,
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
-            client_mode=self._client_mode,
+            client_mode=_CLIENT in self._arguments,
             record_validator=(validator := _Validator(self)),
             authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
         )
@@ -178,27 +171,22 @@ class DhtNode:
         self._dht = dht
 
     def _running(self) -> DHTNode | None:
-        """None after the daemon has ended.
-
-        Or hivemind's task that reads from it: an answer does that if it comes in the moment in
-        which its question is given up.
-        """
-        return (
-            None if self._dht is None or self._p2p._client.control._read_task.done() else self._dht
-        )
+        """None when nobody reads the daemon's answers any more: then it has ended, or one came in
+        the moment in which its question was given up, which hivemind's task does not survive."""
+        if self._dht is None or self._control._read_task.done():
+            return None
+        return self._dht
 
     async def _stop(self) -> None:
         self._dht = None
-        if self._p2p is not None:
-            await self._p2p.shutdown()
-            control = self._p2p._client.control  # its tasks are cancelled, but not yet awaited
-            await asyncio.gather(control._read_task, control._write_task, return_exceptions=True)
+        if self._control is not None:
+            self._control.close()
+            tasks = self._control._read_task, self._control._write_task
+            await asyncio.gather(*tasks, return_exceptions=True)
         if self._daemon is not None:
             await self._daemon.stop()
 
     async def _join(self) -> None:
-        if not self._peers:
-            return
         addresses = ", ".join(peer.text for peer in self._peers)
         answers = await self._greet_all(self._peers)
         if answers == {None}:
@@ -210,32 +198,28 @@ class DhtNode:
         async with self._working("join the DHT") as dht:
             await dht.find_nearest_nodes([dht.node_id])
             neighbours = list(dht.protocol.routing_table.uid_to_peer_id.values())[:_CLOCKS]
-        await self._set_clock(neighbours)
-
-    async def _set_clock(self, neighbours: list[PeerID]) -> None:
-        greetings = await asyncio.gather(*(self._ping(peer) for peer in neighbours))
-        offsets = [offset for offset in greetings if offset is not None]
-        if len(offsets) > 1:
-            offsets.append(0.0)  # of two who disagree the other is right; among more we have a vote
-        self.clock_offset = statistics.median(offsets) if offsets else 0.0
+            clocks = await asyncio.gather(*(self._ping(peer) for peer in neighbours))
+        offsets = [offset for offset in clocks if offset is not None]
+        if len(offsets) != 1:  # of two who disagree the other is right; among more we have a vote
+            offsets.append(0.0)
+        self.clock_offset = statistics.median(offsets)
         if abs(self.clock_offset) > 60:
             logger.warning("this machine's clock is %.0f s behind others'", self.clock_offset)
 
     async def _greet_all(self, peers: Sequence[_Peer]) -> set[bool | None]:
         """Connect to all at once; what `_greet` says of those who were quick enough."""
-        pending = {asyncio.create_task(self._greet(peer)) for peer in peers}
-        answers: set[bool | None] = set()
+        greetings = [asyncio.create_task(self._greet(peer)) for peer in peers]
+        answers, clock = set[bool | None](), asyncio.get_running_loop().time
         try:
-            while pending:
-                wait = _STRAGGLER_SECONDS if True in answers else None
-                done, pending = await asyncio.wait(
-                    pending, timeout=wait, return_when=asyncio.FIRST_COMPLETED
-                )
-                answers |= {task.result() for task in done}
-                if not done:
-                    break
+            async with asyncio.timeout(None) as patience:
+                for greeting in asyncio.as_completed(greetings):
+                    answers.add(await greeting)
+                    if True in answers:
+                        patience.reschedule(clock() + _STRAGGLER_SECONDS)
+        except TimeoutError:
+            pass
         finally:
-            for straggler in pending:
+            for straggler in greetings:
                 straggler.cancel()
         return answers
 
@@ -243,24 +227,24 @@ class DhtNode:
         """None: not reached. False: reached, but it does not talk to us."""
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
-                await self._p2p._client.connect(peer.id, [peer.address])
-        except (*_FAILURES, TimeoutError) as error:
+                await self._control.connect(peer.id, [peer.address])
+        except _FAILURES as error:
             logger.info("no peer at %s: %s", peer.text, error or "timeout")
             return None
         return await self._ping(peer.id) is not None
 
     async def _ping(self, peer: PeerID) -> float | None:
         """Know and be known by a peer. How far its clock is ahead; None if it does not answer."""
-        if self._dht is None:
+        if (dht := self._running()) is None:
             return None
-        protocol, asked = self._dht.protocol, time.time()
+        protocol, asked = dht.protocol, time.time()
         request = messages.PingRequest(peer=protocol.node_info, validate=False)
         try:
             answer = await protocol.get_stub(peer).rpc_ping(request, timeout=_RPC_SECONDS)
         except P2PHandlerError:  # it failed over our question: so hivemind's servers refuse
             logger.info("peer %s does not let us in: its swarm has another key", peer)
             return None
-        except (*_FAILURES, TimeoutError) as error:
+        except _FAILURES as error:
             logger.info("peer %s does not answer: %s", peer, error or "timeout")
             return None
         if answer is None or len(answer.peer.node_id) != DHTID.HASH_NBYTES:
@@ -288,8 +272,7 @@ class DhtNode:
     @asynccontextmanager
     async def _working(self, what: str) -> AsyncGenerator[DHTNode, None]:
         """The running node, within a deadline, with hivemind's errors translated."""
-        dht = self._running()
-        if dht is None:
+        if (dht := self._running()) is None:
             raise PeerUnavailable(f"could not {what}: its daemon has ended")
         try:
             async with asyncio.timeout(_OPERATION_SECONDS):
@@ -307,6 +290,7 @@ class _Peer:
 
     def __init__(self, text: str) -> None:
         """Raises UsageError."""
+        self.text = text
         try:
             address = Multiaddr(text)
             self.name: str = address["p2p"]
@@ -319,7 +303,6 @@ class _Peer:
                 f"'{text}' is not the address of a peer, "
                 "which looks like /ip4/10.0.0.5/tcp/4001/p2p/Qm...; copy it from a server's output"
             ) from error
-        self.text = text
 
 
 class _Validator(RecordValidatorBase):
@@ -355,8 +338,7 @@ class _Validator(RecordValidatorBase):
         return True
 
     def sign_value(self, record: DHTRecord) -> bytes:
-        value: Any = MSGPackSerializer.loads(record.value)
-        return value
+        return cast(bytes, MSGPackSerializer.loads(record.value))
 
     def strip_value(self, record: DHTRecord) -> bytes:
         return MSGPackSerializer.dumps(record.value)
@@ -377,12 +359,10 @@ class _Authorizer(AuthorizerBase):
         request.auth.signature = self._stamp(b"request", request)
 
     async def validate_request(self, request: Any) -> bool:
-        if request.auth.service_public_key == self._recipient and self._stamped(
-            b"request", request
-        ):
-            return True
-        logger.info("refused a DHT request without the swarm key")
-        return False
+        for_us: bool = request.auth.service_public_key == self._recipient
+        if not (good := for_us and self._stamped(b"request", request)):
+            logger.info("refused a DHT request without the swarm key")
+        return good
 
     async def sign_response(self, response: Any, request: Any) -> None:
         response.auth.nonce = request.auth.nonce
@@ -400,7 +380,8 @@ class _Authorizer(AuthorizerBase):
         return hmac.compare_digest(self._stamp(kind, message), signature)
 
 
-def _give_up(calls: Iterable[asyncio.Future[Any]]) -> None:
+def _fail(calls: Iterable[asyncio.Future[Any]]) -> None:
+    """hivemind would let them wait for their time-outs."""
     for call in calls:
         if not call.done():
             call.set_exception(P2PDaemonError("the daemon has ended"))
@@ -410,7 +391,7 @@ def _daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:
     """p2pd's. Relays and NAT tricks stay off: who cannot be dialled cannot serve gRPC either."""
     arguments = ["-relay=0", "-autonat=0", "-natPortMap=0", "-connManager=1", "-tls=1"]
     if client_mode:
-        return [*arguments, "-dhtClient=1", "-noListenAddrs=1"]
+        return [*arguments, _CLIENT, "-noListenAddrs=1"]
     try:
         family = f"ip{ipaddress.ip_address(host).version}"
     except ValueError as error:

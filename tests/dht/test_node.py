@@ -191,13 +191,19 @@ def test_one_answering_peer_of_several_is_enough(swarm: Swarm) -> None:
     swarm.announce(swarm.add(ALICE, initial_peers=[dead, *swarm.addresses]))
 
 
-def test_a_daemon_that_dies_is_replaced(swarm: Swarm, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dead", ["daemon", "reader"])
+def test_a_daemon_that_dies_is_replaced(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch, dead: str
+) -> None:
     monkeypatch.setattr(node_module, "_REJOIN_SECONDS", 0.05)
     swarm.add()
     alice, bob = swarm.add(ALICE), swarm.add(BOB)
     server = swarm.announce(alice)
-    internals: Any = bob._daemon
-    internals._process.kill()
+    internals: Any = bob
+    if dead == "daemon":
+        internals._daemon._process.kill()
+    else:  # what reads from it for us, which makes us deaf
+        swarm.loop.call_soon(internals._control._read_task.cancel)
 
     def found() -> bool:
         try:
