@@ -98,8 +98,7 @@ def write_secret(path: Path, content: bytes) -> None:
 def verify(public_key: bytes, data: bytes, signature: bytes) -> None:
     """Raises AuthenticationError unless `signature` is the key owner's over `data`."""
     try:
-        key = rsa.RSAPublicNumbers(_EXPONENT, _modulus(public_key)).public_key()
-        key.verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
+        _rsa_key(public_key).verify(signature, data, padding.PKCS1v15(), hashes.SHA256())
     except (InvalidSignature, ValueError) as error:
         raise AuthenticationError("a signature does not fit its key") from error
 
@@ -112,7 +111,7 @@ def peer_id_of(public_key: bytes) -> str:
 def to_libp2p(public_key: bytes) -> bytes:
     """The key as libp2p's PublicKey protobuf. Raises AuthenticationError if it is no key."""
     try:
-        key = rsa.RSAPublicNumbers(_EXPONENT, _modulus(public_key)).public_key()
+        key = _rsa_key(public_key)
     except ValueError as error:
         raise AuthenticationError("not an RSA-2048 public key") from error
     der = key.public_bytes(
@@ -129,10 +128,10 @@ def from_libp2p(encoded: bytes) -> bytes:
     return public_key
 
 
-def _modulus(public_key: bytes) -> int:
+def _rsa_key(public_key: bytes) -> rsa.RSAPublicKey:
     if len(public_key) != PUBLIC_KEY_BYTES or public_key[0] < 0x80:
         raise ValueError("not 2048 bits")
-    return int.from_bytes(public_key, "big")
+    return rsa.RSAPublicNumbers(_EXPONENT, int.from_bytes(public_key, "big")).public_key()
 
 
 def _varint(number: int) -> bytes:
