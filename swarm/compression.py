@@ -13,24 +13,19 @@ from math import prod
 import torch
 from torch import Tensor
 
-BLOCK = 32  # values of the last dimension that share an exponent
+from swarm.types import MX_BLOCK
+
 _BIAS = 127  # of E8M0, the exponents' format; 255 means that the block is not a number
 _NAN = 255
 _LEAST = -126  # of float32's normal numbers
-
-
-def encoded_bytes(shape: Sequence[int]) -> int:
-    """How long the encoding of a tensor of this shape is."""
-    rows = prod(shape[:-1])
-    return rows * (shape[-1] + _blocks(shape[-1]))
 
 
 def encode_mxint8(tensor: Tensor) -> bytes:
     """Floats `[..., H]`: one byte per value, row after row, then one exponent per block."""
     *_, size = tensor.shape
     rows = tensor.detach().to("cpu", torch.float32).reshape(prod(tensor.shape[:-1]), size)
-    padding = _blocks(size) * BLOCK - size
-    blocks = torch.nn.functional.pad(rows, (0, padding)).view(len(rows), _blocks(size), BLOCK)
+    padding = _blocks(size) * MX_BLOCK - size
+    blocks = torch.nn.functional.pad(rows, (0, padding)).view(len(rows), _blocks(size), MX_BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2 ** exponent
     # The smallest power of two by which nothing exceeds 127, which is 127 / 128 * 2 ** 7.
@@ -43,7 +38,7 @@ def encode_mxint8(tensor: Tensor) -> bytes:
 
 
 def decode_mxint8(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The inverse; `data` has `encoded_bytes(shape)` bytes, whatever they are."""
+    """The inverse; `data` has `mxint8_bytes(shape)` bytes, whatever they are."""
     size, rows = shape[-1], prod(shape[:-1])
     if not rows * size:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -51,7 +46,7 @@ def decode_mxint8(data: bytes, shape: Sequence[int], dtype: torch.dtype) -> Tens
     values = raw[: rows * size].view(torch.int8).view(rows, size).float()
     scales = raw[rows * size :].view(rows, _blocks(size))
     factors = _power_of_two(scales.int() - _BIAS).masked_fill(scales == _NAN, torch.nan)
-    return (values * factors.repeat_interleave(BLOCK, 1)[:, :size]).to(dtype).view(tuple(shape))
+    return (values * factors.repeat_interleave(MX_BLOCK, 1)[:, :size]).to(dtype).view(tuple(shape))
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -60,7 +55,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _blocks(size: int) -> int:
-    return -(-size // BLOCK)
+    return -(-size // MX_BLOCK)
 
 
 def _bytes(tensor: Tensor) -> bytes:

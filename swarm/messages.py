@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from swarm.errors import ErrorCode
-from swarm.types import DTYPE_BYTES, DType
+from swarm.types import DTYPE_BYTES, Codec, DType, mxint8_bytes
 
 PROTOCOL_VERSION = 1
 MAX_TOKENS = 1 << 20  # positions a session may have
@@ -46,15 +46,24 @@ class _Frozen(BaseModel):
 
 
 class TensorFrame(_Frozen):
-    """A dense row-major little-endian tensor; its size is proven before anybody uses it."""
+    """A dense row-major little-endian tensor; its size is proven before anybody uses it.
+
+    With codec `mxint8` the data are what `compression.py` makes of floats of this dtype and shape.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16", "int64", "bool"]
     shape: Shape
     data: bytes
+    codec: Codec = "none"
 
     @model_validator(mode="after")
     def _size_agrees(self) -> TensorFrame:
-        expected = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        if self.codec == "none":
+            expected = math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        else:
+            expected = mxint8_bytes(self.shape)
+        if self.codec != "none" and self.dtype not in get_args(DType):
+            raise ValueError(f"{self.dtype} as {self.codec}")
         if expected != len(self.data):
             raise ValueError(f"{self.dtype}{list(self.shape)} is not {len(self.data)} bytes")
         return self
@@ -97,7 +106,7 @@ class Open(_Frozen):
     fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
     dtype: DType
     quantization: ShortText = "none"
-    codec: ShortText = "none"
+    codec: Codec = "none"  # of what this hop sends
     session_id: Id
     ticket: Id
     start: Block

@@ -211,7 +211,7 @@ class Ledger:
             fits = frame.shape[:2] == shape[:2] and (
                 not planes or (name == "position_ids" and planes in PLANES)
             )
-            if INPUTS.get(name) != frame.dtype or not fits:
+            if INPUTS.get(name) != frame.dtype or frame.codec != "none" or not fits:
                 raise RemoteProtocolError(
                     ErrorCode.BAD_TENSOR, f"input '{name}' {frame.dtype}{list(frame.shape)}"
                 )

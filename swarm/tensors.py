@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
+from swarm.compression import decode_mxint8, encode_mxint8
 from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.messages import MAX_TOKENS, TensorFrame
+from swarm.types import Codec
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -23,8 +25,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
-def to_frame(tensor: torch.Tensor) -> TensorFrame:
-    """Any device, any strides; the frame holds the very bits of the tensor."""
+def to_frame(tensor: torch.Tensor, codec: Codec = "none") -> TensorFrame:
+    """Any device, any strides; with codec `none` the frame holds the very bits of the tensor."""
+    if codec == "mxint8":
+        return TensorFrame.model_construct(
+            dtype=DTYPE_NAMES[tensor.dtype],
+            shape=tuple(tensor.shape),
+            data=encode_mxint8(tensor),
+            codec=codec,
+        )
     dense = tensor.detach().to("cpu").contiguous()
     data = dense.view(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
     return TensorFrame.model_construct(
@@ -35,6 +44,8 @@ def to_frame(tensor: torch.Tensor) -> TensorFrame:
 def from_frame(frame: TensorFrame) -> torch.Tensor:
     """A read-only view of the frame's bytes on the CPU; sizes were proven by the message."""
     dtype = TORCH_DTYPES[frame.dtype]
+    if frame.codec == "mxint8":
+        return decode_mxint8(frame.data, frame.shape, dtype)
     if not frame.data:
         return torch.empty(frame.shape, dtype=dtype)
     if dtype is torch.bool:  # any byte but 0 and 1 would be undefined behaviour

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from swarm.errors import UsageError
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["none"]
-Codec = Literal["none"]
+Codec = Literal["none", "mxint8"]
+"""How hidden states travel: as they are, or in a quarter of float32's bytes (compression.py)."""
 
 DTYPE_BYTES: dict[str, int] = {
     "float32": 4,
@@ -21,6 +24,14 @@ DTYPE_BYTES: dict[str, int] = {
     "uint8": 1,
     "bool": 1,
 }
+
+
+MX_BLOCK = 32  # values that share an exponent in mxint8
+
+
+def mxint8_bytes(shape: Sequence[int]) -> int:
+    """How long the mxint8 encoding of a tensor of this shape is."""
+    return prod(shape[:-1]) * (shape[-1] + -(-shape[-1] // MX_BLOCK))
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -74,4 +85,3 @@ class Numerics:
 
     dtype: DType = "float32"
     quantization: Quantization = "none"
-    codec: Codec = "none"

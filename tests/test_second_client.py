@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import msgpack
+import psutil
 import pytest
 import torch
 from cryptography import x509
@@ -53,6 +54,8 @@ class Server:
 
     def __init__(self, address: str, key: rsa.RSAPrivateKey) -> None:
         self.key = key
+        self.outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self.answers: Iterator[bytes] = iter(())
         self.modulus = key.public_key().public_numbers().n.to_bytes(256, "big")
         pem = fetch_certificate(address)
         certificate = x509.load_pem_x509_certificate(pem)
@@ -97,7 +100,7 @@ class Server:
         key.verify(signature, b"swarm-server-record-1" + payload, PKCS1, SHA256)
         fields: list[Any] = msgpack.unpackb(payload)
         assert fields[0] == 1
-        assert fields[11] == self.digest
+        assert fields[10] == self.digest
         return fields
 
     @property
@@ -179,22 +182,41 @@ def tensor(values: torch.Tensor) -> dict[str, Any]:
     return {"dtype": "float32", "shape": list(values.shape), "data": values.numpy().tobytes()}
 
 
+def tokens(frame: dict[str, Any]) -> torch.Tensor:
+    """The inverse of `tensor`."""
+    return torch.frombuffer(bytearray(frame["data"]), dtype=torch.float32).view(frame["shape"])
+
+
+IDS = torch.tensor([[5, 17, 300, 42, 9, 101, 77, 8]])
+
+
 @pytest.fixture(scope="module")
-def servers() -> Iterator[list[Server]]:
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def swarm() -> Iterator[LocalSwarm]:
+    """The last of its servers may be killed."""
+    with LocalSwarm(spans=["0:9", "9:24", "9:24"], swarm_key=SECRET, dtype="float32") as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def servers(swarm: LocalSwarm) -> Iterator[list[Server]]:
     key = rsa.generate_private_key(65537, 2048)
-    with LocalSwarm(spans=["0:9", "9:24"], swarm_key=SECRET, dtype="float32") as swarm:
-        found = [Server(server.address, key) for server in swarm.servers]
-        yield found
-        for server in found:
-            server.close()
+    found = [Server(server.address, key) for server in swarm.servers]
+    yield found
+    for server in found:
+        server.close()
 
 
+@torch.no_grad()
 def test_a_client_written_from_the_document_generates_as_one_machine_does(
-    servers: list[Server],
+    servers: list[Server], model: Any
 ) -> None:
-    first, last = servers
-    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32).eval()
-    ids = torch.tensor([[5, 17, 300, 42, 9, 101]])
+    first, last, _ = servers
+    ids = IDS[:, :6]
     assert last.open(None)["kind"] == "opened"
     opened = first.open(last)
     assert (opened["kind"], opened["protocol"]) == ("opened", 1)
@@ -207,22 +229,119 @@ def test_a_client_written_from_the_document_generates_as_one_machine_does(
         assert (copy["kind"], copy["step"], copy["pushed"]) == ("output", step, True)
         assert (answer["kind"], answer["step"]) == ("output", step)
         assert not answer.get("pushed")
-        frame = answer["hidden"]
-        assert frame["shape"] == list(hidden.shape)
-        output = torch.frombuffer(bytearray(frame["data"]), dtype=torch.float32)
-        return model.lm_head(model.model.norm(output.view(hidden.shape)))[0]
+        assert answer["hidden"]["shape"] == list(hidden.shape)
+        return model.lm_head(model.model.norm(tokens(answer["hidden"])))[0]
 
-    with torch.no_grad():
-        expected = model(ids).logits[0]
-        got = [through(0, 0, 4, epoch=0), through(1, 4, 5, epoch=0)]
-        for server in servers:
-            server.send(kind="sync", epoch=1)
-            synced = {"kind": "synced", "epoch": 1, "position": 5, "last_step": 1}
-            assert server.receive() == synced
-        got.append(through(7, 3, 6, epoch=1, crop_to=3)[2:])
+    expected = model(ids).logits[0]
+    got = [through(0, 0, 4, epoch=0), through(1, 4, 5, epoch=0)]
+    for server in servers:
+        server.send(kind="sync", epoch=1)
+        synced = {"kind": "synced", "epoch": 1, "position": 5, "last_step": 1}
+        assert server.receive() == synced
+    got.append(through(7, 3, 6, epoch=1, crop_to=3)[2:])
     torch.testing.assert_close(torch.cat(got), expected, atol=1e-4, rtol=0)
 
     zeros = tensor(torch.zeros(1, 1, model.config.hidden_size))
     first.send(kind="step", epoch=1, step=8, start=9, hidden=zeros)
     refused = first.receive()
     assert (refused["kind"], refused["code"], refused["position"]) == ("refused", "gap", 6)
+
+
+@torch.no_grad()
+def test_section_9_suffices_to_survive_a_failover(
+    swarm: LocalSwarm, servers: list[Server], model: Any
+) -> None:
+    """The server pushed to dies before it gets step 2; another one is fed from the copies."""
+    first, spare, victim = servers
+    expected = model(IDS).logits[0]
+    assert victim.open(None)["kind"] == "opened"
+    assert first.open(victim)["kind"] == "opened"
+    border: list[torch.Tensor] = []  # what crossed block 9
+
+    def ask(step: int, start: int, end: int, epoch: int) -> None:
+        hidden = tensor(model.model.embed_tokens(IDS[:, start:end]))
+        first.send(kind="step", epoch=epoch, step=step, start=start, hidden=hidden)
+
+    def check(answer: dict[str, Any], start: int) -> None:
+        logits = model.lm_head(model.model.norm(tokens(answer["hidden"])))[0]
+        torch.testing.assert_close(logits, expected[start:][: len(logits)], atol=1e-4, rtol=0)
+
+    def synced(server: Server) -> dict[str, Any]:
+        server.send(kind="sync", epoch=1)
+        while (answer := server.receive())["kind"] != "synced":
+            if answer["kind"] == "output":
+                border.append(tokens(answer["hidden"]))
+        return answer
+
+    for step, start, end in ((0, 0, 4), (1, 4, 5)):
+        ask(step, start, end, epoch=0)
+        border.append(tokens(first.receive()["hidden"]))
+        check(victim.receive(), start)
+    swarm.kill(2)
+    ask(2, 5, 6, epoch=0)
+    with pytest.raises(grpc.RpcError):
+        while True:
+            victim.receive()
+    while len(border) < 3:  # it says `push_failed`, too
+        answer = first.receive()
+        if answer["kind"] == "output":
+            border.append(tokens(answer["hidden"]))
+    stands = {"kind": "synced", "epoch": 1, "position": 6, "last_step": 2}
+    assert synced(first) == stands
+    assert spare.open(None)["kind"] == "opened"
+    first.send(kind="redirect", next=spare.target)
+    assert synced(first) == stands
+    again: dict[str, Any] = {"kind": "step", "epoch": 1, "push": False}
+    known, new = torch.cat(border[:2], dim=1), border[2]
+    spare.send(**again, step=3, start=0, hidden=tensor(known), quiet=True)
+    spare.send(**again, step=4, start=5, hidden=tensor(new))
+    assert spare.receive()["hidden"]["shape"] == [1, 0, model.config.hidden_size]
+    check(spare.receive(), 5)
+    for step, start in ((5, 6), (6, 7)):
+        ask(step, start, start + 1, epoch=1)
+        assert first.receive()["pushed"]
+        check(spare.receive(), start)
+
+
+def test_bad_frames_get_a_code_and_cost_a_real_server_nothing(
+    swarm: LocalSwarm, servers: list[Server], model: Any
+) -> None:
+    """Somebody else's session goes on, and the process does not grow."""
+    first, honest, _ = servers
+    process = psutil.Process(swarm.servers[1].pid)
+    stranger = Server(swarm.servers[1].address, first.key)
+    assert honest.open(None)["kind"] == "opened"
+    hidden = tensor(torch.zeros(1, 1, model.config.hidden_size))
+    ticket = {"session_id": honest.session_id, "ticket": bytes(16)}
+    bad = {
+        "bad_frame": [b"", b"noise", b"\xc1" * (1 << 24), msgpack.packb({"kind": "step"})],
+        "out_of_order": [msgpack.packb({"kind": "sync", "epoch": 1})],
+    }
+
+    def once(step: int) -> None:
+        for method in ("session", "push"):
+            for code, frames in bad.items():
+                for frame in frames:
+                    stranger.dial(method)
+                    stranger.outgoing.put(frame)
+                    refused = stranger.receive()
+                    assert (refused["kind"], refused["code"]) == ("refused", code)
+            stranger.dial(method)
+            stranger.outgoing.put(bytes((1 << 24) + 1))  # larger than any frame may be
+            with pytest.raises(grpc.RpcError) as caught:
+                stranger.receive()
+            error: Any = caught.value
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        stranger.dial("push")
+        stranger.send(kind="attach", **ticket)
+        assert stranger.receive()["code"] == "unknown_session"
+        honest.send(kind="step", epoch=0, step=step, start=step, hidden=hidden)
+        assert honest.receive()["kind"] == "output"
+
+    for step in range(3):
+        once(step)
+    before = process.memory_info().rss
+    for step in range(3, 11):  # at least a quarter of a gigabyte
+        once(step)
+    assert process.memory_info().rss - before < 100 << 20
+    stranger.close()

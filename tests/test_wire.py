@@ -34,7 +34,7 @@ from swarm.messages import (
     Synced,
     TensorFrame,
 )
-from swarm.types import DTYPE_BYTES
+from swarm.types import DTYPE_BYTES, mxint8_bytes
 from swarm.wire import MAX_FRAME_BYTES, decode, encode, pack, unpack
 
 ids = st.binary(min_size=16, max_size=16)
@@ -47,14 +47,17 @@ durations = st.floats(0, 1e9)
 records = st.binary(min_size=1, max_size=1024)
 words = st.tuples() | st.lists(texts, max_size=32).map(tuple)
 dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
+codecs: st.SearchStrategy[Any] = st.sampled_from(["none", "mxint8"])
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> TensorFrame:
     dtype: Any = draw(st.sampled_from(["float32", "bfloat16", "float16", "int64", "bool"]))
     shape = tuple(draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)))
-    size = math.prod(shape) * DTYPE_BYTES[dtype]
-    return TensorFrame(dtype=dtype, shape=shape, data=draw(st.binary(min_size=size, max_size=size)))
+    codec = draw(codecs) if dtype in ("float32", "bfloat16", "float16") else "none"
+    size = mxint8_bytes(shape) if codec == "mxint8" else math.prod(shape) * DTYPE_BYTES[dtype]
+    data = draw(st.binary(min_size=size, max_size=size))
+    return TensorFrame(dtype=dtype, shape=shape, data=data, codec=codec)
 
 
 targets = st.builds(PushTarget, record=records, session_id=ids, ticket=ids)
@@ -75,7 +78,7 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         fingerprint=codes,
         dtype=dtypes,
         quantization=texts,
-        codec=texts,
+        codec=codecs,
         session_id=ids,
         ticket=ids,
         start=blocks,

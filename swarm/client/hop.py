@@ -31,7 +31,7 @@ from swarm.messages import (
 )
 from swarm.protocol import REPLIES, Conversation
 from swarm.transport import Endpoint, Stream, Transport
-from swarm.types import BlockRange, ModelId, Numerics
+from swarm.types import BlockRange, Codec, ModelId, Numerics
 from swarm.wire import decode, encode
 
 _MAX_WINDOW = 32  # steps that we keep until they are answered, whatever a server would take
@@ -51,6 +51,7 @@ class Terms:
     batch_size: int
     max_length: int
     whole_steps: bool = False
+    codec: Codec = "none"
     trace_id: str = ""
 
 
@@ -148,7 +149,7 @@ class Hop:
             fingerprint=terms.model.fingerprint,
             dtype=terms.numerics.dtype,
             quantization=terms.numerics.quantization,
-            codec=terms.numerics.codec,
+            codec=terms.codec,
             session_id=session_id,
             ticket=self.target.ticket,
             start=self.blocks.start,

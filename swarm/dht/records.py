@@ -200,19 +200,19 @@ _PLAIN_FIELDS = tuple(
 def _to_list(record: ServerRecord) -> list[object]:
     model, blocks, numerics = record.model, record.blocks, record.numerics
     nested = [model.name, bytes.fromhex(model.fingerprint), blocks.start, blocks.end]
-    nested += [numerics.dtype, numerics.quantization, numerics.codec]
+    nested += [numerics.dtype, numerics.quantization]
     return [_SCHEMA, *nested, *(getattr(record, name) for name in _PLAIN_FIELDS)]
 
 
 def _from_list(peer_id: str, value: object) -> ServerRecord:
     if not isinstance(value, list) or value[:1] != [_SCHEMA]:
         raise InvalidRecord("a record of a schema that this version does not know")
-    name, fingerprint, start, end, dtype, quantization, codec, *plain = cast("list[Any]", value)[1:]
+    name, fingerprint, start, end, dtype, quantization, *plain = cast("list[Any]", value)[1:]
     fingerprint = fingerprint.hex() if isinstance(fingerprint, bytes) else ""
     fields: dict[str, object] = {
         "peer_id": peer_id,
         "model": {"name": name, "fingerprint": fingerprint},
         "blocks": {"start": start, "end": end},
-        "numerics": {"dtype": dtype, "quantization": quantization, "codec": codec},
+        "numerics": {"dtype": dtype, "quantization": quantization},
     }
     return ServerRecord.model_validate(fields | dict(zip(_PLAIN_FIELDS, plain, strict=True)))

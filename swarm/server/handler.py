@@ -7,7 +7,7 @@ import hmac
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from swarm.config import ServerLimits
 from swarm.errors import (
@@ -194,8 +194,7 @@ class Handler:
             raise RemoteProtocolError(
                 ErrorCode.WRONG_MODEL, f"this server serves {served.model}, not {opening.model}"
             )
-        asked = (opening.dtype, opening.quantization, opening.codec)
-        if asked != (served.numerics.dtype, served.numerics.quantization, served.numerics.codec):
+        if (opening.dtype, opening.quantization) != astuple(served.numerics):
             raise RemoteProtocolError(
                 ErrorCode.WRONG_MODEL, f"this server computes in {served.numerics}"
             )

@@ -34,7 +34,6 @@ OPENINGS: dict[str, tuple[dict[str, Any], ErrorCode]] = {
     "other weights": ({"fingerprint": "0" * 64}, ErrorCode.WRONG_MODEL),
     "another dtype": ({"dtype": "bfloat16"}, ErrorCode.WRONG_MODEL),
     "another quantization": ({"quantization": "int8"}, ErrorCode.WRONG_MODEL),
-    "another codec": ({"codec": "zip"}, ErrorCode.WRONG_MODEL),
     "blocks beyond": ({"start": 0, "end": 3}, ErrorCode.BAD_SPAN),
     "blocks elsewhere": ({"start": 2, "end": 4}, ErrorCode.BAD_SPAN),
     "no blocks": ({"start": 1, "end": 1}, ErrorCode.BAD_SPAN),

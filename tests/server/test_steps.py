@@ -59,6 +59,8 @@ def test_steps_that_cannot_be(
         (("reorder",), [-1]),
         (("reorder",), [0] * 2000),
         (("hidden",), None),
+        (("hidden", "codec"), "zip"),
+        (("hidden", "codec"), "mxint8"),  # of another length
         (("hidden", "shape"), [1, 2, 48]),
         (("hidden", "shape"), [-1, -1, 48]),
         (("hidden", "shape"), [1 << 24] * 5),
