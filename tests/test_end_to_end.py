@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,12 +23,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from swarm import AutoDistributedModelForCausalLM, LocalSwarm
+from swarm.client.hop import Hop
 from swarm.client.network import SwarmNetwork
 from swarm.client.remote import InferenceSession
+from swarm.client.session import RemoteSession
 from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
 from swarm.dht.directory import list_models
 from swarm.errors import NoRoute, UsageError
 from swarm.identity import SwarmKey
+from swarm.messages import Output
 from swarm.models.demo import DEMO_MODEL
 from tests.hub import serve as serve_hub
 from tests.models.tiny import save_tiny
@@ -60,20 +64,25 @@ def swarm() -> Iterator[LocalSwarm]:
         SwarmNetwork.leave_all()
 
 
-def join(swarm: LocalSwarm, **timeouts: float) -> Any:
-    config = ClientConfig(timeouts=ClientTimeouts(**timeouts))
+def join(swarm: LocalSwarm, chunk_bytes: int = 1 << 20, **timeouts: float) -> Any:
+    config = ClientConfig(timeouts=ClientTimeouts(**timeouts), chunk_bytes=chunk_bytes)
     return AutoDistributedModelForCausalLM.from_pretrained(
         None, initial_peers=swarm.peers, config=config
     )
 
 
-def counters(swarm: LocalSwarm) -> list[dict[str, int]]:
-    """What the first three servers have counted."""
+def counters(swarm: LocalSwarm) -> list[Counter[str]]:
+    """What the living servers of each span have counted."""
     network = SwarmNetwork.connect(swarm.peers, None)
     model = next(iter(network.loop.call(list_models(network.dht)))).model
     servers = network.router(model, 24, ClientTimeouts(refresh=0.0)).view.servers
     by_peer = {server.record.peer_id: server for server in servers}
-    return [network.ask(by_peer[server.peer_id]).counters for server in swarm.servers[:3]]
+    sums = [Counter[str]() for _ in SPANS]
+    for server in swarm.servers:
+        if server.alive:
+            asked = network.ask(by_peer[server.peer_id])
+            sums[SPANS.index(str(server.blocks))].update(asked.counters)
+    return sums
 
 
 def in_use(swarm: LocalSwarm, session: InferenceSession, hop: int) -> int:
@@ -128,13 +137,10 @@ def test_a_quiet_run_pushes_and_is_exact(
         SwarmNetwork.leave_all()
         assert [str(hop.blocks) for hop in session.hops] == list(SPANS)
         assert session.recoveries == 0
-    after = counters(swarm)
-    came = [
-        {name: after[i][name] - before[i][name] for name in after[i]} for i in range(len(after))
-    ]
+    came = [after - earlier for after, earlier in zip(counters(swarm), before, strict=True)]
     assert came[0]["steps_from_clients"] == 64  # the prompt, and each token but the last
-    assert [c["steps_from_clients"] for c in came[1:3]] == [0, 0]
-    assert [c["steps_from_servers"] for c in came[:3]] == [0, 64, 64]
+    assert [c["steps_from_clients"] for c in came[1:]] == [0, 0]
+    assert [c["steps_from_servers"] for c in came] == [0, 64, 64]
 
 
 def test_threads_share_passes_and_get_their_own_tokens(
@@ -149,7 +155,7 @@ def test_threads_share_passes_and_get_their_own_tokens(
     assert got == want
     assert all(
         after["shared_passes"] > earlier["shared_passes"]
-        for after, earlier in zip(counters(swarm)[:3], before[:3], strict=True)
+        for after, earlier in zip(counters(swarm), before, strict=True)
     )
 
 
@@ -192,6 +198,37 @@ def test_killed_before_eight_positions(
     assert got[0].tolist() == expected
 
 
+def test_killed_during_prefill_and_again_during_replay(
+    swarm: LocalSwarm, local: Any, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the end the blocks are served in two pieces."""
+    text = ids.repeat(1, 60)
+    options: dict[str, Any] = GREEDY | {"max_new_tokens": 8, "min_new_tokens": 8}
+    want = local.generate(text, **options)
+    pieces = ("8:12", "12:16")
+    added = [swarm.add(span) for span in (SPANS[1], *pieces)]
+    killed: list[str] = []
+    on_output = RemoteSession.on_output
+
+    def kill_who_answers_first(remote: RemoteSession, hop: Hop, output: Output) -> None:
+        on_output(remote, hop, output)
+        if str(hop.blocks) == SPANS[1] and hop.peer_id not in killed:
+            assert hop.position < text.shape[1]
+            killed.append(hop.peer_id)
+            swarm.kill(next(s.index for s in swarm.servers if s.peer_id == hop.peer_id))
+
+    monkeypatch.setattr(RemoteSession, "on_output", kill_who_answers_first)
+    with join(swarm, chunk_bytes=1 << 13).inference_session(max_length=512) as session:
+        got = join(swarm).generate(text, session=session, **options)
+        assert [str(hop.blocks) for hop in session.hops] == [SPANS[0], *pieces, SPANS[2]]
+    assert len(killed) == 2
+    assert got.tolist() == want.tolist()
+    monkeypatch.undo()
+    for index in added[1:]:
+        swarm.kill(index)
+    swarm.add(SPANS[1])
+
+
 def test_a_frozen_server_counts_as_dead(
     swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
 ) -> None:
@@ -211,26 +248,39 @@ def test_a_frozen_server_counts_as_dead(
     assert got[0].tolist() == expected
 
 
-def test_without_a_replacement_it_says_so_and_goes_on_when_one_comes(
+def test_without_a_replacement_it_says_so_or_waits_for_one(
     swarm: LocalSwarm, ids: torch.Tensor, expected: list[int]
 ) -> None:
-    hasty = join(swarm, recovery=2.0)
-    with hasty.inference_session(max_length=128) as session:
+    """All who serve the last blocks die in the middle of two texts; one client waits for long."""
+    hasty, patient = join(swarm, recovery=2.0), join(swarm, recovery=120.0)
+    adding = threading.Thread(target=swarm.add, args=[SPANS[2]])
+    with (
+        hasty.inference_session(max_length=128) as short,
+        patient.inference_session(max_length=128) as long,
+    ):
+        begun = hasty.generate(
+            ids, session=short, **GREEDY | {"max_new_tokens": 9, "min_new_tokens": 9}
+        )
 
         def kill_all() -> None:
             for server in swarm.servers:
                 if server.alive and str(server.blocks) == SPANS[2]:
                     swarm.kill(server.index)
+            began = time.monotonic()
+            with pytest.raises(NoRoute, match="blocks 16:24 of swarm-demo") as caught:
+                hasty.generate(None, session=short, **GREEDY)
+            assert time.monotonic() - began < 30
+            assert "\n" not in str(caught.value)
+            adding.start()
 
-        with pytest.raises(NoRoute, match="16:24"):
-            hasty.generate(ids, streamer=AtToken({10: kill_all}), **GREEDY)
-        assert session.position == ids.shape[1] + 9
-    patient = join(swarm, recovery=120.0)
-    adding = threading.Thread(target=swarm.add, args=[SPANS[2]])
-    adding.start()
-    got = patient.generate(ids, **GREEDY)
-    adding.join()
-    assert got[0].tolist() == expected
+        got = patient.generate(ids, session=long, streamer=AtToken({10: kill_all}), **GREEDY)
+        assert long.recoveries == 1
+        adding.join()
+        assert got[0].tolist() == expected
+        rest = hasty.generate(
+            None, session=short, **GREEDY | {"max_new_tokens": 55, "min_new_tokens": 55}
+        )
+        assert [*begun[0].tolist(), *rest[0].tolist()] == expected
 
 
 def test_two_people_start_a_swarm_and_one_is_in_a_hurry(ids: torch.Tensor) -> None:
