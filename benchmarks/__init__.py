@@ -1,0 +1,1 @@
+"""What a swarm costs and gives, measured: `python -m benchmarks`; docs/benchmarks.md explains."""

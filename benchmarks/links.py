@@ -1,0 +1,64 @@
+"""One stream and a long prompt over slower links: a shaping relay stands before every server.
+
+Servers listen on 127.0.0.1 and announce 127.0.0.2, where the relay takes connections on the same
+ports; so do both the client's and the other servers' connections pass it (Linux only).
+"""
+
+from __future__ import annotations
+
+from statistics import median
+
+from benchmarks.child import Child
+from benchmarks.figures import at_most
+from benchmarks.lab import PROMPT_TOKENS, Lab, Stopwatch, connect, generate
+from benchmarks.models import THIRDS
+from benchmarks.prefill import LENGTH
+from swarm import LocalSwarm
+
+# Megabits per second, milliseconds there and back.
+LINKS = {
+    "1 Gbit/s, 4 ms": (1000, 4),
+    "100 Mbit/s, 4 ms": (100, 4),
+    "100 Mbit/s, 100 ms": (100, 100),
+}
+LONGEST = ("A", "100 Mbit/s, 100 ms")
+JOURNEYS = 4  # of a token: to the first server, twice from one to the next, and back
+BEHIND = "127.0.0.2"
+
+
+def measure(lab: Lab) -> None:
+    lab.clear()
+    for name in ("A", "B"):
+        with LocalSwarm(
+            lab.path(name), spans=THIRDS, server_args=["--announce-host", BEHIND]
+        ) as swarm:
+            ports = [server.address.rpartition(":")[2] for server in swarm.servers]
+            links = [f"{BEHIND}:{port}=127.0.0.1:{port}" for port in ports]
+            with Child("benchmarks.relay", links) as relay:
+                relay.read()
+                for link, (megabits, round_trip) in LINKS.items():
+                    relay.ask(f"{megabits} {round_trip / 2}")
+                    _over(lab, name, swarm, link, round_trip)
+        lab.clear()
+
+
+def _over(lab: Lab, name: str, swarm: LocalSwarm, link: str, round_trip: float) -> None:
+    remote = connect(lab.path(name), swarm)
+    generate(remote, lab.prompts(name, 1), 4)
+    steps: list[float] = []
+    firsts: list[float] = []
+    for run in range(lab.runs):
+        watch = Stopwatch()
+        sequences = generate(remote, lab.prompts(name, 1), lab.tokens // 2, watch)
+        lab.check(name, sequences, PROMPT_TOKENS)
+        steps.append(median(watch.gaps))
+        watch = Stopwatch()
+        lab.check(name, generate(remote, lab.prompts(name, 1, LENGTH), 1, watch), LENGTH)
+        firsts.append(watch.first)
+        lab.say(f"{name}, {link}, token in ms", run, steps[-1])
+    lab.note(f"{name}, {link}, token", "ms", steps)
+    if (name, link) == LONGEST:
+        delay = JOURNEYS * round_trip / 2
+        lost = [100 * (1 - delay / step) for step in steps]
+        lab.note(f"{name}, {link}, lost to anything but delay", "%", lost, at_most(10))
+    lab.note(f"{name}, {link}, first token after {LENGTH}", "s", firsts)
