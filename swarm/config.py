@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from swarm.types import Codec
+
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
@@ -38,3 +40,4 @@ class ClientConfig:
     timeouts: ClientTimeouts = field(default_factory=ClientTimeouts)
     chunk_bytes: int = 1 << 20  # a prefill travels in frames of about this size
     history_bytes: int = 4 << 30  # memory for replays, over one session
+    codec: Codec = "none"  # mxint8: a quarter of the bytes, and not exact (docs/benchmarks.md)

@@ -70,6 +70,7 @@ class AutoDistributedModel:
             batch_size=1,
             max_length=1,
             whole_steps=depends_on_pass(checkpoint.config),
+            codec=config.codec,
         )
         connection = Connection(terms, router, network.transport, network.access, config)
         blocks = RemoteBlocks(connection, BlockRange(0, sizes.num_hidden_layers))

@@ -158,7 +158,8 @@ class RemoteSession:
                 history.reorder(self._reorder)
         if end > self._terms.max_length:
             self._outgrow(end)
-        frame = to_frame(hidden.to(TORCH_DTYPES[self._terms.numerics.dtype]))
+        dtype = TORCH_DTYPES[self._terms.numerics.dtype]
+        frame = to_frame(hidden.to(dtype), self._terms.codec)
         self._histories[self.blocks.start].add(start, frame)
         self._inputs.append(start, hidden.shape[1], inputs)
         if self._terms.whole_steps:
@@ -256,7 +257,7 @@ class RemoteSession:
         if (begin, end, hop) == (pending.start, pending.end, self.hops[0]):
             hidden = pending.hidden
         else:
-            hidden = to_frame(self._histories[hop.blocks.start].read(begin, end))
+            hidden = to_frame(self._histories[hop.blocks.start].read(begin, end), self._terms.codec)
         return Step(
             epoch=self._epoch,
             step=next(self._numbers),

@@ -219,7 +219,14 @@ class Handler:
             timeout=limits.send_timeout,
         )
         session = Session(
-            client, ledger, self._cache(opening), self._executor, pusher, limits, self.counters
+            client,
+            ledger,
+            self._cache(opening),
+            self._executor,
+            pusher,
+            limits,
+            self.counters,
+            opening.codec,
         )
         session.load = self.load
         return session

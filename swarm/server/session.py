@@ -32,6 +32,7 @@ from swarm.server.executor import Executor
 from swarm.server.pusher import Pusher, first_error
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
 from swarm.transport import Stream
+from swarm.types import Codec
 from swarm.wire import decode, encode
 
 
@@ -59,7 +60,9 @@ class Session:
         pusher: Pusher,
         limits: ServerLimits,
         counters: Counters,
+        codec: Codec = "none",
     ) -> None:
+        self._codec: Codec = codec
         self._client = client
         self._ledger = ledger
         self._cache = cache
@@ -203,7 +206,7 @@ class Session:
             epoch=step.epoch,
             step=step.step,
             start=step.start,
-            hidden=to_frame(result),
+            hidden=to_frame(result, self._codec),
             compute_ms=work.compute_ms,
             load=self.load(),
         )
