@@ -1,5 +1,44 @@
-"""The console commands: `swarm`, `swarm-server`, `swarm-dht`. Nothing heavy is imported here."""
+"""The console commands: `swarm`, `swarm-server`, `swarm-dht`, and how each of them ends.
 
-from swarm.cli.main import dht_main, main, server_main
+Nothing is imported here before somebody listens for Ctrl-C.
+"""
 
-__all__ = ["dht_main", "main", "server_main"]
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+INTERRUPTED = 130  # what shells call a command that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`swarm`."""
+    return _run("swarm", [], argv)
+
+
+def server_main(argv: Sequence[str] | None = None) -> int:
+    """`swarm-server`."""
+    return _run("swarm-server", ["server"], argv)
+
+
+def dht_main(argv: Sequence[str] | None = None) -> int:
+    """`swarm-dht`."""
+    return _run("swarm-dht", ["dht"], argv)
+
+
+def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> int:
+    """The exit status, with what people should know on stderr, never a traceback."""
+    try:
+        from swarm.cli.main import dispatch
+        from swarm.errors import SwarmError, UsageError
+
+        try:
+            return dispatch([*command, *(sys.argv[1:] if argv is None else argv)])
+        except SwarmError as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `swarm status | head`
+        sys.stderr.close()
+        return 1

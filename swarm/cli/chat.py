@@ -43,13 +43,6 @@ def chat(argv: Sequence[str]) -> int:
         default=0.8,
         help="0 takes the likeliest word (default: %(default)s)",
     )
-    parser.add_argument(
-        "--length",
-        type=whole(2, 1 << 20),
-        metavar="N",
-        default=2048,
-        help="of the whole conversation, in tokens (default: %(default)s)",
-    )
     arguments = parse_joining(parser, argv)
     peers, key, model = need_peers(arguments.peers), arguments.swarm_key, arguments.model
     if model is None:
@@ -74,7 +67,7 @@ def chat(argv: Sequence[str]) -> int:
     remote = AutoDistributedModelForCausalLM.from_pretrained(model, peers, swarm_key=key, **source)
     conversation = _Conversation(remote, AutoTokenizer.from_pretrained(folder), arguments)
     print(f"{model}: say something (Ctrl-D ends)")
-    with cast(Any, remote).inference_session(max_length=arguments.length) as session:
+    with cast(Any, remote).inference_session() as session:
         while conversation.turn(session):
             pass
     return 0

@@ -1,4 +1,4 @@
-"""What all commands share: their parser, how imports and logging begin, errors in one sentence."""
+"""What the commands share: their parser, which swarm they join, imports and logging."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from swarm.errors import SwarmError, UsageError
+from swarm.cli import INTERRUPTED
+from swarm.errors import UsageError
 from swarm.joining import initial_peers_of, swarm_key_of
-
-BAD_USAGE = 2
-INTERRUPTED = 130  # what shells call a command that Ctrl-C ended
 
 ENVIRONMENT = """\
 environment:
@@ -147,17 +145,3 @@ def quick_imports() -> Generator[None]:
         gc.enable()
         if ours:
             signal.signal(signal.SIGINT, before)
-
-
-def run_command(program: str, command: Callable[[], int]) -> int:
-    """The exit status of `command`, with what people should know on stderr, never a traceback."""
-    try:
-        return command()
-    except SwarmError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return BAD_USAGE if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # `swarm status | head`
-        sys.stderr.close()
-        return 1

@@ -14,8 +14,8 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
+from swarm.cli import INTERRUPTED
 from swarm.cli.common import (
-    INTERRUPTED,
     Parser,
     add_verbose,
     quick_imports,

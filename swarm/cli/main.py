@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from swarm.cli.common import ENVIRONMENT, Parser, run_command
+from swarm.cli.common import ENVIRONMENT, Parser
 from swarm.errors import UsageError
 
 _HELP = """\
@@ -32,27 +31,8 @@ examples:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`swarm`."""
-    return _run("swarm", [], argv)
-
-
-def server_main(argv: Sequence[str] | None = None) -> int:
-    """`swarm-server`."""
-    return _run("swarm-server", ["server"], argv)
-
-
-def dht_main(argv: Sequence[str] | None = None) -> int:
-    """`swarm-dht`."""
-    return _run("swarm-dht", ["dht"], argv)
-
-
-def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> int:
-    arguments = [*command, *(sys.argv[1:] if argv is None else argv)]
-    return run_command(program, lambda: _dispatch(arguments))
-
-
-def _dispatch(argv: Sequence[str]) -> int:
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that `argv` begins with; its exit status."""
     parser = Parser("swarm", _HELP, ENVIRONMENT)
     parser.add_argument("command", help="one of those above")
     command, rest = parser.parse_args(argv[:1] or ["--help"]).command, argv[1:]

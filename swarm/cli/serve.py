@@ -11,8 +11,8 @@ import signal
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
+from swarm.cli import INTERRUPTED
 from swarm.cli.common import (
-    INTERRUPTED,
     Parser,
     add_model,
     joining_parser,
