@@ -27,7 +27,7 @@ from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Endpoint, Service
-from swarm.types import BlockRange, ModelId, Numerics
+from swarm.types import BlockRange, Codec, ModelId, Numerics
 from swarm.wire import decode
 
 NOW = 1_700_000_000.0
@@ -189,6 +189,7 @@ class InProcessSwarm:
         chunk_bytes: int = 1 << 20,
         key: SwarmKey | None = None,
         client: int = 99,
+        codec: Codec = "none",
     ) -> RemoteBlocks:
         """A client's view of the swarm."""
         terms = Terms(
@@ -198,6 +199,7 @@ class InProcessSwarm:
             batch_size=1,
             max_length=1,
             whole_steps=span.takes_whole_steps,
+            codec=codec,
         )
         connection = Connection(
             terms,
