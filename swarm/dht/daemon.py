@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +22,7 @@ from swarm.loop import in_thread
 logger = logging.getLogger(__name__)
 
 _START_SECONDS = 15.0
+_STALE_SECONDS = 60.0
 
 
 class DaemonFailed(SwarmError):
@@ -28,7 +32,8 @@ class DaemonFailed(SwarmError):
 class Daemon:
     """A running p2pd; `control` is the path of its Unix socket. Made by `start`.
 
-    It ends by itself, and removes its socket, when its clients' connections end: when we do.
+    It ends by itself, and removes its socket, when its client's connection ends: when we do. (If
+    we end before there is one, its next word to us ends it, and its socket is left to `_sweep`.)
     """
 
     def __init__(self, process: subprocess.Popen[bytes], control: Path) -> None:
@@ -44,7 +49,9 @@ class Daemon:
     @classmethod
     async def start(cls, binary: Path, identity: Identity, arguments: Sequence[str]) -> Daemon:
         """Raises DaemonFailed."""
-        control = Path(_short_temporary_folder()) / f"swarm-dht-{secrets.token_hex(8)}.sock"
+        folder = _short_temporary_folder()
+        _sweep(folder)
+        control = folder / f"swarm-dht-{secrets.token_hex(8)}.sock"
         daemon = cls(_spawn(binary, control, arguments), control)
         try:
             daemon._give(identity)
@@ -108,6 +115,16 @@ def _spawn(binary: Path, control: Path, arguments: Sequence[str]) -> subprocess.
     )
 
 
-def _short_temporary_folder() -> str:
+def _sweep(folder: Path) -> None:
+    """Remove the sockets of daemons that were killed, or whose starters were."""
+    for path in folder.glob("swarm-dht-*.sock"):
+        with socket.socket(socket.AF_UNIX) as probe, suppress(OSError):  # others', or gone
+            probe.setblocking(False)
+            stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            if stale and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
+
+
+def _short_temporary_folder() -> Path:
     """Unix sockets' paths end at 104 bytes (macOS) or 108 (Linux)."""
-    return folder if len(folder := tempfile.gettempdir()) < 60 else "/tmp"  # noqa: S108
+    return Path(folder if len(folder := tempfile.gettempdir()) < 60 else "/tmp")  # noqa: S108

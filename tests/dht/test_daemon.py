@@ -1,6 +1,8 @@
 """p2pd as our child: it starts, it ends with us however that happens, and it leaves nothing."""
 
 import importlib.resources
+import os
+import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -48,3 +50,24 @@ def test_a_daemon_that_fails_says_why_and_leaves_nothing() -> None:
         assert left() == before
 
     run(scenario())
+
+
+def test_sockets_of_the_dead_are_swept_away_and_others_are_not() -> None:
+    folder = Path(tempfile.gettempdir())
+    dead, young, living = (folder / f"swarm-dht-{name}.sock" for name in ("dead", "young", "live"))
+    for path in (dead, young):
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+
+    async def scenario() -> None:
+        await (await Daemon.start(P2PD, ALICE, ["-noListenAddrs=1"])).stop()
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(living))
+        server.listen()
+        for path in (dead, living):
+            os.utime(path, (0, 0))
+        run(scenario())
+    assert [path.exists() for path in (dead, young, living)] == [False, True, True]
+    young.unlink()
+    living.unlink()
