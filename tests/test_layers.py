@@ -43,6 +43,7 @@ PURE = {
     "swarm/client/peers.py",
     "swarm/client/routing.py",
     "swarm/server/memory.py",
+    "swarm/server/pace.py",
     "swarm/server/placement.py",
     "swarm/server/scheduler.py",
 }

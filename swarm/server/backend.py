@@ -102,10 +102,13 @@ class Backend:
         return results
 
     def _rearrange(self, work: Work) -> None:
+        """Once, even if the step is run again because it found no page."""
         if work.crop_to is not None and work.crop_to != work.cache.length:
             work.cache.crop(work.crop_to)
+        work.crop_to = None
         if work.reorder is not None:
             work.cache.reorder(work.reorder)
+        work.reorder = None
 
     def _step(self, work: Work, piece: Slice) -> SpanStep:
         """Positions with planes (mRoPE) travel as [B, T, 3 | 4], so that all inputs slice alike."""

@@ -13,32 +13,47 @@ from statistics import median
 
 import torch
 
-from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.errors import ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.server.backend import Backend, Work
-from swarm.server.scheduler import Scheduler, Waiting
+from swarm.server.scheduler import Scheduler, Slice, Waiting
 
 logger = logging.getLogger(__name__)
 
 Job = Callable[[], None]
+Finished = tuple[Work, RemoteProtocolError | None]
+
+_RETRY_SECONDS = 0.05  # between two looks for pages, if nobody says that some came free
+_REFUSAL_SECONDS = 0.5  # between two refusals, for what the first one gives back
+_RETRY_AFTER = 1.0  # seconds after which a client whose step found no page may come again
 
 
 class Executor:
-    """Start it inside the event loop; `submit` and `call` are for that loop's coroutines only."""
+    """Start it inside the event loop, whose coroutines alone may use it.
 
-    def __init__(self, backend: Backend, pass_tokens: int) -> None:
+    A step that finds no page is parked until others give pages back, `page_timeout` seconds long.
+    """
+
+    def __init__(self, backend: Backend, pass_tokens: int, page_timeout: float = 5.0) -> None:
         self.backend = backend
         self.step_ms: deque[float] = deque(maxlen=32)
         self._scheduler = Scheduler(pass_tokens)
+        self._page_timeout = page_timeout
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._works: dict[int, Work] = {}
+        self._parked: dict[int, int] = {}  # tokens done, of works that wait for pages
+        self._without_pages: dict[int, float] = {}  # since when, also while they try again
+        self._next_try = self._next_refusal = 0.0
         self._futures: dict[int, asyncio.Future[Work]] = {}
         self._next_key = 0
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="swarm-device", daemon=True)
+        self._since = self._busy = 0.0  # seconds: start, and time spent in passes
+        self._tokens = 0
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._since = time.perf_counter()
         self._thread.start()
 
     async def stop(self) -> None:
@@ -58,18 +73,38 @@ class Executor:
     def median_step_ms(self) -> float:
         return median(self.step_ms) if self.step_ms else 0.0
 
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the start; `device_tokens` are rows x positions, times are in microseconds."""
+        return {
+            "passes": self.backend.passes,
+            "shared_passes": self.backend.shared_passes,
+            "device_steps": self.backend.steps,
+            "device_tokens": self._tokens,
+            "compute_us": int(self._busy * 1e6),
+            "idle_us": int((time.perf_counter() - self._since - self._busy) * 1e6),
+        }
+
     def next_key(self) -> int:
         self._next_key += 1
         return self._next_key
 
+    def run_soon(self, job: Job) -> None:
+        """Have `job` run on the device thread between two passes: a cache can be given back there.
+
+        Steps without pages are then tried again. On a server that is leaving it may never run.
+        """
+        self._inbox.put(lambda: self._between_passes(job))
+
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.
 
-        Raises RemoteProtocolError: CANNOT_REWIND, INTERNAL, DRAINING.
+        Raises RemoteProtocolError: CANNOT_REWIND, BUSY, INTERNAL, DRAINING.
         """
         if self._stopping:
             raise _leaving()
-        future: asyncio.Future[Work] = asyncio.get_running_loop().create_future()
+        assert self._loop is not None
+        future: asyncio.Future[Work] = self._loop.create_future()
         self._futures[work.key] = future
         self._inbox.put(lambda: self._add(work))
         try:
@@ -80,61 +115,115 @@ class Executor:
         finally:
             del self._futures[work.key]
 
-    def _add(self, work: Work) -> None:
+    # From here on: the device thread --------------------------------------------------------
+
+    def _add(self, work: Work, begin: int = 0) -> None:
         self._works[work.key] = work
         rows, tokens = work.hidden.shape[:2]
-        whole = self.backend.span.takes_whole_steps
-        self._scheduler.add(Waiting(work.key, work.client, rows, tokens, whole))
+        self._scheduler.add(
+            Waiting(
+                work.key,
+                work.client,
+                rows,
+                tokens,
+                self.backend.span.takes_whole_steps,
+                work.priority,
+                session=id(work.cache),
+                begin=begin,
+            )
+        )
 
     def _drop(self, key: int) -> None:
         self._scheduler.drop(key)
         self._works.pop(key, None)
+        self._parked.pop(key, None)
+        self._without_pages.pop(key, None)
+
+    def _between_passes(self, job: Job) -> None:
+        try:
+            job()
+        except Exception:  # our defect: it must not end the thread that all share
+            logger.exception("a job between passes failed")
+        self._unpark()
 
     def _main(self) -> None:
         with torch.inference_mode():
             while self._receive():
-                self._pass()
+                if self._parked and time.perf_counter() > self._next_try:
+                    self._unpark()
+                if not self._scheduler.hold(time.perf_counter()):
+                    self._pass()
 
     def _receive(self) -> bool:
-        """Takes all jobs there are; waits only when there is nothing to compute."""
+        """Takes all jobs there are, and waits for one if there is nothing to compute yet."""
+        if len(self._scheduler):
+            wait = self._scheduler.hold(time.perf_counter())
+        else:
+            wait = _RETRY_SECONDS if self._parked else None
         try:
-            job = self._inbox.get(block=not len(self._scheduler))
-            while True:
-                if job is None:
-                    return False
+            job = self._inbox.get(wait != 0, wait)
+            while job is not None:
                 job()
                 job = self._inbox.get_nowait()
         except queue.Empty:
             return True
+        return False
 
     def _pass(self) -> None:
-        slices = self._scheduler.next_pass()
+        begin = time.perf_counter()
+        slices = self._scheduler.next_pass(begin)
         if not slices:
             return
-        begin = time.perf_counter()
         try:
             failures = self.backend.run(slices, self._works)
         except Exception as error:  # our defect: it must not end the thread that all share
             logger.exception("a pass of %d steps was lost", len(slices))
             refusal = RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in pass")
             failures = {piece.key: refusal for piece in slices}
-        elapsed_ms = (time.perf_counter() - begin) * 1e3
-        finished: list[tuple[Work, RemoteProtocolError | None]] = []
+        end = time.perf_counter()
+        self._scheduler.passed(begin, end)
+        self._busy += end - begin
+        finished: list[Finished] = []
         for piece in slices:
-            work = self._works[piece.key]
-            work.compute_ms += elapsed_ms
-            failure = failures.get(piece.key)
+            work, failure = self._works[piece.key], failures.get(piece.key)
+            work.compute_ms += (end - begin) * 1e3
+            if isinstance(failure, OutOfPages):
+                failure = self._park(piece, end)
+                if failure is None:
+                    continue
+            elif failure is None:
+                self._tokens += work.hidden.shape[0] * (piece.end - piece.begin)
+                self._without_pages.pop(piece.key, None)
             if failure is not None or piece.last:
-                del self._works[piece.key]
-                if not piece.last:
-                    self._scheduler.drop(piece.key)
+                self._drop(piece.key)
                 finished.append((work, failure))
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._finish, finished, elapsed_ms)
+        self._loop.call_soon_threadsafe(self._finish, finished, (end - begin) * 1e3)
 
-    def _finish(
-        self, finished: list[tuple[Work, RemoteProtocolError | None]], elapsed_ms: float
-    ) -> None:
+    def _park(self, piece: Slice, now: float) -> RemoteProtocolError | None:
+        """None, or why not: nobody waits too long. What one gives up may be enough for the rest,
+        so they are refused one after the other."""
+        since = self._without_pages.setdefault(piece.key, now)
+        if now - since > self._page_timeout and now > self._next_refusal:
+            self._next_refusal = now + _REFUSAL_SECONDS
+            return RemoteProtocolError(
+                ErrorCode.BUSY,
+                "the cache is full; try another server, or later",
+                retry_after=_RETRY_AFTER,
+            )
+        self._scheduler.drop(piece.key)
+        self._parked[piece.key] = piece.begin
+        self._next_try = now + _RETRY_SECONDS
+        return None
+
+    def _unpark(self) -> None:
+        parked, self._parked = self._parked, {}
+        for key, begin in parked.items():
+            self._add(self._works[key], begin)
+
+    # On the event loop again -----------------------------------------------------------------
+
+    def _finish(self, finished: list[Finished], elapsed_ms: float) -> None:
         self.step_ms.append(elapsed_ms)
         for work, failure in finished:
             future = self._futures.get(work.key)

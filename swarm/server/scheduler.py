@@ -1,19 +1,25 @@
-"""Which waiting steps share the next pass of the device: decode first, prefill in slices.
+"""Which waiting steps share the next pass: decode first, by priority, and clients in turn.
 
-Pure: it knows sizes and owners, no tensors and no clock.
+Pure: it knows sizes and owners, no tensors, and the clock's time is an argument.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from dataclasses import dataclass
+import heapq
+from collections import deque
+from dataclasses import dataclass, replace
+
+from swarm.server.pace import ACTIVE, Pace, Pass
+
+PATIENCE = 16  # passes after which whoever waits goes first, whatever their priority
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A step in the queue: `rows` x `tokens` positions for one session of one client.
 
-    A `whole` one is never cut, since its numbers depend on what it is computed with.
+    A `whole` one is never cut, since its numbers depend on what it is computed with. Tokens before
+    `begin` were computed already. No session has two steps in the queue at a time.
     """
 
     key: int
@@ -21,6 +27,9 @@ class Waiting:
     rows: int
     tokens: int
     whole: bool = False
+    priority: int = 5
+    session: int = 0
+    begin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,67 +43,142 @@ class Slice:
 
 
 class Scheduler:
-    """`pass_tokens` bounds rows x tokens in a pass; a quarter of it is always left to prefill.
+    """`pass_tokens` bounds rows x tokens in a pass; a quarter of it is left to prefill.
 
-    A step wider than the whole budget still gets one token per row, so everything advances.
+    A step wider than the whole budget still gets one token per row, so everything advances. While
+    decode streams are active, prefill and decode of lower priorities are bulk, and `pace` bounds
+    what a pass takes of that.
     """
 
     def __init__(self, pass_tokens: int) -> None:
+        self.pace = Pace()
         self._pass_tokens = pass_tokens
-        self._decode: deque[Waiting] = deque()
-        # One queue per client; the client served least recently comes first.
-        self._prefill: OrderedDict[str, deque[Waiting]] = OrderedDict()
-        self._done: dict[int, int] = {}  # tokens of a prefill that earlier passes took
+        self._steps: dict[int, Waiting] = {}
+        # By priority, high ones first, and in each of them decode before prefill.
+        self._lanes = {(-p, prefill): _Lane() for p in range(9, -1, -1) for prefill in (0, 1)}
+        self._decoded: dict[int, float] = {}  # when a priority last had something to decode
+        self._held_since: float | None = None
+        self._pass: tuple[dict[int, int], int] = {}, 0
 
     def __len__(self) -> int:
-        return len(self._decode) + sum(len(queue) for queue in self._prefill.values())
+        return len(self._steps)
 
     def add(self, step: Waiting) -> None:
-        if step.tokens <= 1:
-            self._decode.append(step)
-        else:
-            self._prefill.setdefault(step.client, deque()).append(step)
+        self._steps[step.key] = step
+        self._lanes[-step.priority, step.tokens > 1].add(step)
 
     def drop(self, key: int) -> None:
         """Forget a step whose session has gone; unknown keys are ignored."""
-        self._decode = deque(step for step in self._decode if step.key != key)
-        for client in list(self._prefill):
-            queue = deque(step for step in self._prefill[client] if step.key != key)
-            if queue:
-                self._prefill[client] = queue
-            else:
-                del self._prefill[client]
-        self._done.pop(key, None)
+        step = self._steps.pop(key, None)
+        if step is not None:
+            self._lanes[-step.priority, step.tokens > 1].drop(step)
 
-    def next_pass(self) -> list[Slice]:
-        """What to run now; empty if nothing waits."""
+    def hold(self, now: float) -> float:
+        """Seconds that the next pass had better wait for more decode streams to be ready."""
+        ready = sum(step.rows for step in self._steps.values())
+        prefills = any(len(self._lanes[-p, 1]) for p in range(10))
+        if not ready or ready >= self.pace.cut.fewest or prefills:
+            return 0.0
+        self._held_since = now if self._held_since is None else self._held_since
+        return max(0.0, self._held_since + self.pace.hold - now)
+
+    def next_pass(self, now: float) -> list[Slice]:
+        """What to run now, at `now` seconds; empty if nothing waits. Then `passed` must follow."""
+        order = sorted((lane.haste, *place) for place, lane in self._lanes.items() if len(lane))
+        top = min((minus for _, minus, _ in order), default=0)
         slices: list[Slice] = []
-        budget = self._pass_tokens
-        floor = self._pass_tokens // 4 if self._prefill else 0
-        while self._decode and (not slices or budget - self._decode[0].rows >= floor):
-            step = self._decode.popleft()
-            budget -= step.rows
-            slices.append(Slice(step.key, 0, step.tokens, last=True))
-        first = next(iter(self._prefill), None)
-        for client in list(self._prefill):
-            step = self._prefill[client][0]
-            if budget < step.rows and client != first:
-                break
-            begin = self._done.get(step.key, 0)
-            width = step.tokens if step.whole else max(1, budget // step.rows)
-            end = min(step.tokens, begin + width)
-            piece = Slice(step.key, begin, end, last=end == step.tokens)
-            slices.append(piece)
-            budget -= (end - begin) * step.rows
-            self._took(client, piece)
+        decode: dict[int, int] = {}
+        bulk, budget = 0, self._pass_tokens
+        for _, minus, prefill in order:
+            lane, room = self._lanes[minus, prefill], budget
+            if not prefill:
+                room -= self._pass_tokens // 4 if len(self._lanes[minus, 1]) else 0
+                room = min(room, self.pace.cut.most - sum(decode.values()))
+                self._decoded[-minus] = now
+            is_bulk = bool(prefill)
+            if self._is_active(-minus + 1 - prefill, now):
+                is_bulk, room = True, min(room, self.pace.bulk_tokens - bulk)
+            for step, piece in lane.take(room, first=not slices or minus == top):
+                size = step.rows * (piece.end - piece.begin)
+                budget, bulk = budget - size, bulk + size * is_bulk
+                slices.append(piece)
+                if not prefill:
+                    decode[step.session] = step.rows
+                if piece.last:
+                    del self._steps[step.key]
+        self._pass, self._held_since = (decode, bulk), None
         return slices
 
-    def _took(self, client: str, piece: Slice) -> None:
-        queue = self._prefill.pop(client)
-        if piece.last:
+    def passed(self, begin: float, end: float) -> None:
+        """The last pass ran from `begin` to `end`, in seconds."""
+        self.pace.measured(Pass(*self._pass, begin, end))
+
+    def _is_active(self, priority: int, now: float) -> bool:
+        """Streams of at least this priority decode these days."""
+        return any(p >= priority and now - at < ACTIVE for p, at in self._decoded.items())
+
+
+class _Lane:
+    """Steps of one priority and kind. The client that has had least comes first.
+
+    That is start-time fair queuing: who comes anew has had as much as who was served last.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[Waiting]] = {}
+        self._turns: list[tuple[int, int, str]] = []  # a heap: tokens had, order, client
+        self._level = 0  # tokens that the client had that was served last
+        self._order = 0
+        self._waited = 0  # passes without a turn
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def haste(self) -> int:
+        """Negative for those who have waited too long."""
+        return -self._waited if self._waited >= PATIENCE else 0
+
+    def add(self, step: Waiting) -> None:
+        if step.client not in self._queues:
+            self._queues[step.client] = deque()
+            self._order += 1
+            heapq.heappush(self._turns, (self._level, self._order, step.client))
+        self._queues[step.client].append(step)
+        self._length += 1
+
+    def drop(self, step: Waiting) -> None:
+        queue = self._queues[step.client]
+        queue.remove(next(other for other in queue if other.key == step.key))
+        self._length -= 1
+
+    def take(self, room: int, *, first: bool) -> list[tuple[Waiting, Slice]]:
+        """Steps and parts of steps for `room` tokens; one at least if they go `first`."""
+        taken: list[tuple[Waiting, Slice]] = []
+        while self._turns and (room > 0 or first):
+            had, _, client = self._turns[0]
+            queue = self._queues[client]
+            if not queue:
+                heapq.heappop(self._turns)
+                del self._queues[client]
+                continue
+            step = queue[0]
+            width = step.tokens - step.begin
+            if not step.whole:
+                width = min(width, max(1, room // step.rows))
+            size = width * step.rows
+            if size > room and not first:
+                break
+            end = step.begin + width
+            taken.append((step, Slice(step.key, step.begin, end, last=end == step.tokens)))
             queue.popleft()
-            self._done.pop(piece.key, None)
-        else:
-            self._done[piece.key] = piece.end
-        if queue:
-            self._prefill[client] = queue
+            if end < step.tokens:
+                queue.appendleft(replace(step, begin=end))
+            else:
+                self._length -= 1
+            self._order += 1
+            heapq.heapreplace(self._turns, (had + max(1, size), self._order, client))
+            self._level, room, first = had, room - size, False
+        self._waited = 0 if taken else self._waited + 1
+        return taken

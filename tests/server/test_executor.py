@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.errors import CannotRewind, ErrorCode, RemoteProtocolError
+from swarm.errors import CannotRewind, ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.models.spans import Span, SpanCache, SpanStep
 from swarm.server.backend import Backend, Work
 from swarm.server.executor import Executor
@@ -68,10 +68,13 @@ def work(executor: Executor, hidden: torch.Tensor, cache: SpanCache, **fields: A
 
 
 def run(
-    span: Span, body: Callable[[Executor], Coroutine[Any, Any, None]], budget: int = 64
+    span: Span,
+    body: Callable[[Executor], Coroutine[Any, Any, None]],
+    budget: int = 64,
+    page_timeout: float = TIMEOUT,
 ) -> None:
     async def go() -> None:
-        executor = Executor(Backend(span), budget)
+        executor = Executor(Backend(span), budget, page_timeout)
         executor.start()
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -100,7 +103,6 @@ def test_what_is_ready_together_is_run_together(span: Span, held: Gate) -> None:
         results = [(await task).result() for task in tasks]
         for text, result in zip(texts, results, strict=True):
             close(result, alone(span, text))
-        assert executor.backend.steps == 4
         assert executor.backend.shared_passes >= 1
 
     run(span, body)
@@ -252,3 +254,105 @@ def test_stopping_refuses_what_still_waits_and_what_comes_later(span: Span, held
             assert caught.value.code is ErrorCode.DRAINING
 
     asyncio.run(asyncio.wait_for(go(), TIMEOUT))
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+class Full(set[SpanCache]):
+    """Caches that find no page from their tenth token on."""
+
+    def __init__(self, executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+        run = executor.backend.run
+
+        def run_or_refuse(slices: Any, works: Any) -> Any:
+            failed = [p for p in slices if works[p.key].cache in self and p.end >= 10]
+            if failed:
+                self.asked.set()
+            failures = run([piece for piece in slices if piece not in failed], works)
+            return failures | {piece.key: OutOfPages("full") for piece in failed}
+
+        monkeypatch.setattr(executor.backend, "run", run_or_refuse)
+
+
+def test_a_step_without_a_page_waits_until_others_leave(
+    span: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(executor: Executor) -> None:
+        full, cache, text = Full(executor, monkeypatch), cache_of(span), hidden_of(span, 40)
+        full.add(cache)
+        waiting = asyncio.create_task(executor.submit(work(executor, text, cache)))
+        assert await asyncio.to_thread(full.asked.wait, TIMEOUT)
+        other = await executor.submit(work(executor, hidden_of(span, 20), cache_of(span)))
+        close(other.result(), alone(span, hidden_of(span, 20)))  # others go on meanwhile
+        assert not waiting.done()
+        executor.run_soon(full.clear)
+        close((await waiting).result(), alone(span, text))
+
+    run(span, body, budget=8)
+
+
+def test_who_finds_no_page_for_too_long_is_told_and_the_rest_goes_on(
+    span: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(executor: Executor) -> None:
+        full, caches = Full(executor, monkeypatch), [cache_of(span) for _ in range(3)]
+        full.update(caches)
+        text = hidden_of(span, 12)
+        tasks = {
+            asyncio.create_task(executor.submit(work(executor, text, cache))) for cache in caches
+        }
+        done, rest = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        executor.run_soon(full.clear)  # the one that gave up has left
+        error = done.pop().exception()
+        assert isinstance(error, RemoteProtocolError)
+        assert error.code is ErrorCode.BUSY
+        assert error.retry_after
+        assert len(rest) == 2
+        for task in rest:
+            close((await task).result(), alone(span, text))
+
+    run(span, body, budget=8, page_timeout=0.1)
+
+
+def test_who_leaves_while_waiting_for_pages_is_forgotten(
+    span: Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(executor: Executor) -> None:
+        full, cache = Full(executor, monkeypatch), cache_of(span)
+        full.add(cache)
+        waiting = asyncio.create_task(executor.submit(work(executor, hidden_of(span, 40), cache)))
+        assert await asyncio.to_thread(full.asked.wait, TIMEOUT)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        executor.run_soon(full.clear)
+        await executor.submit(work(executor, hidden_of(span, 1), cache_of(span)))
+        assert cache.length < 10
+
+    run(span, body, budget=8)
+
+
+def test_what_is_run_soon_is_run_between_passes_on_the_device_thread(
+    span: Span, held: Gate
+) -> None:
+    async def body(executor: Executor) -> None:
+        names: list[str] = []
+        first = asyncio.create_task(
+            executor.submit(work(executor, hidden_of(span, 1), cache_of(span)))
+        )
+        assert await asyncio.to_thread(held.reached.wait, TIMEOUT)
+        executor.run_soon(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        executor.run_soon(lambda: names.append(threading.current_thread().name))
+        assert not names
+        held.set()
+        await first
+        await executor.submit(work(executor, hidden_of(span, 1), cache_of(span)))
+        assert names == ["swarm-device"]
+        counters = executor.counters
+        assert counters["device_tokens"] == counters["passes"] == 2
+        assert counters["compute_us"] > 0
+
+    run(span, body)
