@@ -35,6 +35,11 @@ SECRET = SwarmKey.generate().text()
 SHA256, PKCS1 = hashes.SHA256(), padding.PKCS1v15()
 
 
+def pack(value: Any) -> bytes:
+    packed: Any = msgpack.packb(value)
+    return packed
+
+
 def purpose_key(purpose: str) -> bytes:
     """Section 4."""
     secret = base64.urlsafe_b64decode(SECRET.removeprefix("swarm-key-1:"))[:32]
@@ -66,7 +71,7 @@ class Server:
             [("grpc.ssl_target_name_override", name)],
         )
         self.link: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self.link.put(msgpack.packb([os.urandom(16), False]))
+        self.link.put(pack([os.urandom(16), False]))
         self.messages: Iterator[bytes] = self.channel.stream_stream("/swarm/link")(
             iter(self.link.get, None), timeout=600
         )
@@ -134,11 +139,11 @@ class Server:
 
     def post(self, kind: int, payload: bytes) -> None:
         """Section 1: a message of one frame."""
-        self.link.put(msgpack.packb([self.stream, self.sent, kind, payload]))
+        self.link.put(pack([self.stream, self.sent, kind, payload]))
         self.sent += 1
 
     def send(self, **message: Any) -> None:
-        self.post(0, msgpack.packb(message))
+        self.post(0, pack(message))
 
     def receive(self) -> dict[str, Any]:
         while not self.frames:
@@ -315,8 +320,8 @@ def test_bad_frames_get_a_code_and_cost_a_real_server_nothing(
     hidden = tensor(torch.zeros(1, 1, model.config.hidden_size))
     ticket = {"session_id": honest.session_id, "ticket": bytes(16)}
     bad = {
-        "bad_frame": [b"", b"noise", b"\xc1" * (1 << 24), msgpack.packb({"kind": "step"})],
-        "out_of_order": [msgpack.packb({"kind": "sync", "epoch": 1})],
+        "bad_frame": [b"", b"noise", b"\xc1" * (1 << 24), pack({"kind": "step"})],
+        "out_of_order": [pack({"kind": "sync", "epoch": 1})],
     }
 
     def once(step: int) -> None:
