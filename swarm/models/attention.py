@@ -1,14 +1,15 @@
 """Attention over a ragged batch: one forward carries new tokens of several sessions, unpadded.
 
-The linear layers see all tokens at once as `[1, N, hidden]`; attention runs per session, each over
-its own cache and under its own mask. It is registered with transformers' attention interface, so
-models call it by themselves, and what a mask is (causal, window) still comes from transformers.
+The linear layers see all tokens at once as `[1, N, hidden]`; attention runs over the sessions'
+pages. It is registered with transformers' attention interface, so models call it by themselves,
+and what a mask is (causal, window) still comes from transformers.
 """
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,82 +18,78 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
-from swarm.models.cache import SpanCache
+from swarm.models.pages import PAGE
+from swarm.models.passes import SHORT, Group, KindPass, Reading, Segment
+from swarm.models.storage import Kind, KvStore
+from swarm.types import BlockRange
 
 RAGGED = "swarm_ragged"  # the name under which transformers finds this attention
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One session's share of a pass: `rows * tokens` consecutive tokens from `start` on."""
-
-    cache: SpanCache
-    start: int
-    rows: int
-    tokens: int
-    mask: Tensor | None  # bool [rows, length + tokens] of the whole text, None = no padding
-
-    @property
-    def end(self) -> int:
-        return self.start + self.rows * self.tokens
-
-
-@dataclass(slots=True)
-class _Window:
-    """What one segment may see in one kind of layer: slots from `first` on, under `mask`."""
-
-    first: int
-    mask: Tensor | None  # bool [rows, 1, tokens, slots], True = attend; None = causal
+_LOG2_E = math.log2(math.e)
+_UNSEEN = -1e30  # added to scores; finite, so that rows which see nothing stay finite as well
 
 
 class RaggedPass(Cache):
-    """Stands for `past_key_values` in one forward; hands each session's tokens to its own cache."""
+    """Stands for `past_key_values` in one forward; puts every session's tokens into its pages."""
 
-    def __init__(self, segments: list[Segment], *, gathers: bool) -> None:
-        """`gathers`: the model expands what it caches (latents), so it must see all of it."""
+    def __init__(
+        self,
+        store: KvStore,
+        blocks: BlockRange,
+        segments: Sequence[Segment],
+        *,
+        gathers: bool,
+    ) -> None:
+        """`gathers`: the model expands what it caches (latents), so that it must see all of it."""
         super().__init__(layers=[])
         self.segments = segments
         self.gathers = gathers
         self.layer = 0
+        self._passes: dict[int, KindPass] = {}
+        for kind in store.kinds(blocks):
+            one = KindPass(store, kind, segments)
+            self._passes |= dict.fromkeys(store.layers_of(kind), one)
+
+    @property
+    def now(self) -> KindPass:
+        """The pass as the layer sees it that runs."""
+        return self._passes[self.layer]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store `[1, heads, N, head_dim]`. What is returned is only used by models that gather."""
         self.layer = layer_idx
-        held: list[tuple[Tensor, Tensor]] = []
-        for segment in self.segments:
-            new = [
-                _unpack(states, segment.start, segment.rows, segment.tokens)
-                for states in (key_states, value_states)
-            ]
-            held.append(segment.cache.layers[layer_idx].update(*new))
+        now = self.now
+        now.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if not self.gathers:
             return key_states, value_states
+        held = [now.gather(layer_idx, segment) for segment in self.segments]
         keys, values = (
             torch.cat([row for part in parts for row in part], dim=1)
             for parts in zip(*held, strict=True)
         )
         return keys[None], values[None]
 
-    def seen(self, key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Per segment, `[rows, heads, length + tokens, head_dim]` keys and values."""
-        found: list[tuple[Tensor, Tensor]] = []
-        start = 0
+    def long(
+        self, key: Tensor, value: Tensor
+    ) -> Iterator[tuple[Segment, tuple[Tensor, Tensor], int]]:
+        """Segments with many new tokens (if the model gathers, all), what they see, `[rows, heads,
+        slots, dim]` keys and values, and the first slot of that."""
+        now, start = self.now, 0
+        fresh = key[0].transpose(0, 1), value[0].transpose(0, 1)
         for segment in self.segments:
-            total = segment.cache.length + segment.tokens
+            first = now.first_slot(segment)
             if self.gathers:
-                found.append(
-                    (
-                        _unpack(key, start, segment.rows, total),
-                        _unpack(value, start, segment.rows, total),
-                    )
-                )
-                start += segment.rows * total
+                shape = (start, segment.rows, segment.total - first)
+                start += segment.rows * (segment.total - first)
+            elif segment.tokens <= SHORT:
+                continue
+            elif segment.past:
+                yield segment, now.gather(self.layer, segment), first
+                continue
             else:
-                layer = segment.cache.layers[self.layer]
-                found.append((layer.keys[:, :, :total], layer.values[:, :, :total]))
-        return found
+                shape = (segment.start, segment.rows, segment.tokens)
+            yield segment, (_unpack(fresh[0], *shape), _unpack(fresh[1], *shape)), first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -114,12 +111,67 @@ class _Running(threading.local):
 _running = _Running()
 
 
-@dataclass(slots=True)
 class RaggedMask:
-    """Travels through the model in place of a mask tensor."""
+    """Travels through the model in place of a mask tensor; works out what a kind of layer sees
+    when the first layer of that kind asks."""
 
-    work: RaggedPass
-    windows: list[_Window]
+    def __init__(
+        self, work: RaggedPass, visible: Callable[..., Any], local_size: int | None
+    ) -> None:
+        self.work = work
+        self._visible = visible
+        self._local_size = local_size
+        self._groups: dict[Kind, list[tuple[Group, Tensor]]] = {}
+        self._masks: dict[tuple[Kind, int], Tensor | None] = {}
+
+    def groups(self) -> list[tuple[Group, Tensor]]:
+        """Decode rows, each group with what to add to scores: `[items, 1, 1, tokens, PAGE]`."""
+        now = self.work.now
+        if now.kind not in self._groups:
+            self._groups[now.kind] = [(group, self._added(group, now)) for group in now.groups()]
+        return self._groups[now.kind]
+
+    def _added(self, group: Group, now: KindPass) -> Tensor:
+        reading = group.reading
+        places = group.places(now.device).index_select(0, reading.owner)[:, None, None, :, None]
+        slots = reading.slots[:, None, None, None]
+        seen = self._visible(0, 0, places, slots) & (slots <= places[..., -1:, :])
+        if any(segment.mask is not None for segment in group.segments):
+            seen = seen & _real(group, reading)[:, None, None, None]
+        return torch.where(seen, 0.0, _UNSEEN)
+
+    def of(self, segment: Segment, first: int, dtype: torch.dtype) -> Tensor | None:
+        """For a long step that sees slots from `first` on: added to scores, `[rows | 1, 1, tokens,
+        slots]`; None = causal from the beginning."""
+        past, tokens, mask = segment.past, segment.tokens, segment.mask
+        fits = past == 0 and (self._local_size is None or tokens <= self._local_size)
+        if mask is None and fits:
+            return None
+        key = (self.work.now.kind, segment.start)
+        if key not in self._masks:
+            slots = torch.arange(segment.total, device=self.work.now.device)
+            places = slots[None, None, past:, None]
+            seen = self._visible(0, 0, places, slots[None, None, None, first:])
+            if mask is not None:
+                seen = seen & mask[:, None, None, first:]
+            unseen = torch.finfo(dtype).min
+            self._masks[key] = torch.zeros((), dtype=dtype, device=seen.device).masked_fill(
+                ~seen, unseen
+            )
+        return self._masks[key]
+
+
+def _real(group: Group, reading: Reading) -> Tensor:
+    """bool `[items, PAGE]`: what is not padding."""
+    rows: list[Tensor] = []
+    length = int(reading.slots.max()) + 1
+    for segment in group.segments:
+        mask = segment.mask
+        if mask is None:
+            mask = torch.ones(segment.rows, 1, dtype=torch.bool, device=reading.slots.device)
+            mask = mask.expand(-1, length)
+        rows.append(nn.functional.pad(mask[:, :length], (0, length - mask[:, :length].shape[1])))
+    return torch.cat(rows)[reading.owner[:, None], reading.slots]
 
 
 def ragged_mask(
@@ -133,21 +185,16 @@ def ragged_mask(
     work = _running.now
     if work is None or use_vmap:
         raise NotImplementedError("a mask that sessions cannot share a pass with")
-    return RaggedMask(work, [_window(s, mask_function, local_size) for s in work.segments])
+    return RaggedMask(work, mask_function, local_size)
 
 
-def _window(segment: Segment, visible: Callable[..., Any], local_size: int | None) -> _Window:
-    past, tokens, mask = segment.cache.length, segment.tokens, segment.mask
-    first = 0 if local_size is None else max(0, past + 1 - local_size)
-    fits = past == 0 and (local_size is None or tokens <= local_size)
-    if mask is None and (tokens == 1 or fits):
-        return _Window(first, None)
-    slots = torch.arange(past + tokens, device=segment.cache.device)
-    rows = torch.arange(segment.rows, device=slots.device)[:, None, None, None]
-    seen = visible(rows, 0, slots[None, None, past:, None], slots[None, None, None, first:])
-    if mask is not None:
-        seen = seen & mask[:, None, None, first:]
-    return _Window(first, seen.expand(segment.rows, 1, tokens, -1))
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How scores become weights: transformers' own arguments."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None  # [heads]
 
 
 def ragged_attention(
@@ -162,78 +209,146 @@ def ragged_attention(
 
     The options are transformers': `scaling`, `softcap` and the sinks `s_aux`.
     """
-    scaling: float | None = options.get("scaling")
-    softcap: float | None = options.get("softcap")
-    s_aux: Tensor | None = options.get("s_aux")
     if not isinstance(attention_mask, RaggedMask) or options.get("position_bias") is not None:
         raise NotImplementedError("an attention that sessions cannot share a pass with")
+    scaling: float | None = options.get("scaling")
+    scoring = Scoring(
+        query.shape[3] ** -0.5 if scaling is None else scaling,
+        options.get("softcap"),
+        options.get("s_aux"),
+    )
+    queries = query[0].transpose(0, 1)
     work = attention_mask.work
-    outputs: list[Tensor] = []
-    held = work.seen(key, value)
-    for segment, window, (keys, values) in zip(
-        work.segments, attention_mask.windows, held, strict=True
-    ):
-        if window.first:
-            keys, values = keys[:, :, window.first :], values[:, :, window.first :]
-        queries = _unpack(query, segment.start, segment.rows, segment.tokens)
-        if softcap is None and s_aux is None:
-            out = _fast(queries, keys, values, window.mask, scaling)
-        else:
-            out = _scored(queries, keys, values, window.mask, scaling, softcap, s_aux)
-        outputs.append(out.transpose(1, 2).reshape(1, -1, query.shape[1], values.shape[-1]))
-    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0], None
+    groups = [] if work.gathers else attention_mask.groups()
+    if len(groups) == 1 and groups[0][0].take is None:
+        return _decode(queries, work.layer, *groups[0], scoring)[None], None
+    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for group, added in groups:
+        assert group.take is not None
+        mine = queries.index_select(0, group.take)
+        output.index_copy_(0, group.take, _decode(mine, work.layer, group, added, scoring))
+    for segment, held, first in work.long(key, value):
+        mask = attention_mask.of(segment, first, query.dtype)
+        mine = _unpack(queries, segment.start, segment.rows, segment.tokens)
+        output[segment.start : segment.end] = _long(mine, held, mask, scoring).flatten(0, 1)
+    return output[None], None
+
+
+def _decode(q: Tensor, layer: int, group: Group, added: Tensor, scoring: Scoring) -> Tensor:
+    """`[rows * tokens, heads, dim]` queries over pages where they lie; `[…, heads, value_dim]`.
+
+    Every item is scored by itself, under its row's maximum, and rows add up their items (split-K,
+    as in https://pytorch.org/blog/flash-decoding).
+    """
+    reading = group.reading
+    rows, tokens, items, heads = reading.rows, reading.tokens, reading.items, q.shape[1]
+    keys, values = reading.runs[0].slab.layers[layer]
+    kv_heads = keys.shape[1]
+    shared, value_dim = heads // kv_heads, values.shape[3]
+    # Query heads that share a key head, and their tokens, become the rows of one product.
+    # Powers of two instead of e: exp is slow on a CPU where it underflows, exp2 is not.
+    scale = scoring.scaling * _LOG2_E if scoring.softcap is None else scoring.scaling
+    q = (q * scale).unflatten(0, (rows, tokens))
+    if tokens > 1:
+        q = q.unflatten(2, (kv_heads, shared)).permute(0, 2, 3, 1, 4)
+    q = q.reshape(rows, -1).index_select(0, reading.owner)
+    q = q.view(items * kv_heads, shared * tokens, -1)
+    scores = _products(q, reading, layer, 0).float().view(items, kv_heads, shared, tokens, PAGE)
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap * _LOG2_E)
+    scores.add_(added)
+    weights, total = _weigh(scores, reading, scoring.sinks)
+    weights = weights.view(q.shape[0], q.shape[1], PAGE).to(q.dtype)
+    output = reading.add_up(_products(weights, reading, layer, 1).view(items, -1).float())
+    output = (output.view(rows, kv_heads, shared, tokens, value_dim) / total).to(q.dtype)
+    if tokens > 1:
+        output = output.permute(0, 3, 1, 2, 4)
+    return output.reshape(rows * tokens, heads, value_dim)
+
+
+def _products(left: Tensor, reading: Reading, layer: int, which: int) -> Tensor:
+    """`[items * kv_heads, n, …]` queries by keys (0), or weights by values (1), run by run."""
+    heads = left.shape[0] // reading.items
+    output: Tensor | None = None
+    for run in reading.runs:
+        held = run.slab.layers[layer][which][run.first : run.last].flatten(0, 1)
+        right = held.transpose(1, 2) if which == 0 else held
+        if len(reading.runs) == 1:
+            return torch.bmm(left, right)
+        if output is None:
+            output = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+        part = slice(run.begin * heads, run.end * heads)
+        torch.bmm(left[part], right, out=output[part])
+    assert output is not None
+    return output
+
+
+def _weigh(scores: Tensor, reading: Reading, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights of `[items, kv_heads, shared, tokens, PAGE]` scores (logarithms to base 2), and what
+    to divide by after adding up, `[rows, kv_heads, shared, tokens, 1]`."""
+    most = scores.amax(-1)
+    if not reading.in_order:
+        most = most.index_select(0, reading.widest).view(reading.rows, -1, *most.shape[1:]).amax(1)
+    sink = None if sinks is None else sinks.float().view(1, *most.shape[1:3], 1) * _LOG2_E
+    if sink is not None:
+        most = torch.maximum(most, sink)
+    shared = most if reading.in_order else most.index_select(0, reading.owner)
+    weights = scores.sub_(shared[..., None]).exp2_()
+    total = reading.add_up(weights.sum(-1).view(reading.items, -1)).view_as(most)
+    if sink is not None:
+        total = total + torch.exp2(sink - most)
+    return weights, total[..., None]
 
 
 def _unpack(packed: Tensor, start: int, rows: int, tokens: int) -> Tensor:
-    """A part of `[1, heads, N, dim]` as `[rows, heads, tokens, dim]`."""
-    part = packed[:, :, start : start + rows * tokens]
-    return part if rows == 1 else part[0].unflatten(1, (rows, tokens)).transpose(0, 1)
+    """A part of `[N, heads, dim]` as `[rows, heads, tokens, dim]`."""
+    return packed[start : start + rows * tokens].unflatten(0, (rows, tokens)).transpose(1, 2)
 
 
-def _group(queries: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor | None]:
-    """Put query heads that share a key head in one row of queries: no copies of the keys."""
-    rows, all_heads, tokens, dim = queries.shape
-    shared = all_heads // heads
-    if mask is not None and tokens > 1:
-        mask = mask.repeat(1, 1, shared, 1)
-    return queries.reshape(rows, heads, shared * tokens, dim), mask
-
-
-def _fast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    rows, heads, tokens, _ = q.shape
-    if mask is None and tokens > 1:  # the beginning of a text: the kernel's own causal mask
-        return nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != k.shape[1]
-        )
-    grouped, mask = _group(q, mask, k.shape[1])
-    out = nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, heads, tokens, -1)
-
-
-def _scored(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _long(
+    queries: Tensor,
+    held: tuple[Tensor, Tensor],
     mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
-    """Attention with capped scores (Gemma 2) or a learned sink per head (GPT-OSS)."""
-    rows, heads, tokens, dim = q.shape
-    if mask is None and tokens > 1:
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()[None, None]
-    grouped, mask = _group(q, mask, k.shape[1])
-    scores = grouped @ k.transpose(2, 3) * (dim**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        sink = sinks.view(1, k.shape[1], -1, 1, 1).expand(rows, -1, -1, tokens, 1)
-        scores = torch.cat([scores, sink.reshape(*scores.shape[:3], 1).to(scores.dtype)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    return (weights[..., : k.shape[2]] @ v).reshape(rows, heads, tokens, -1)
+    """`[rows, heads, tokens, dim]` queries, `[rows, kv_heads, slots, dim]` keys and values, and
+    what is added to scores (None = causal): `[rows, tokens, heads, value_dim]`."""
+    keys, values = held
+    rows, heads, tokens, _ = queries.shape
+    kv_heads = keys.shape[1]
+    if mask is None and scoring.softcap is None and scoring.sinks is None:
+        output = nn.functional.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scoring.scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2)
+    if mask is None:
+        mask = torch.full((tokens, tokens), _UNSEEN, device=keys.device).triu(1).to(keys.dtype)
+    # Query heads that share a key head become rows of one product: no copies of the keys.
+    mask = mask.repeat(*[1] * (mask.ndim - 2), heads // kv_heads, 1)
+    grouped = queries.reshape(rows, kv_heads, -1, queries.shape[3])
+    if scoring.softcap is None and scoring.sinks is None:
+        output = nn.functional.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=mask, scale=scoring.scaling
+        )
+    else:
+        output = _scored(grouped, keys, values, mask, scoring)
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
+
+
+def _scored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+    """With capped scores (Gemma 2) or a learned sink per head (GPT-OSS)."""
+    scores = q @ k.transpose(2, 3) * scoring.scaling
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    scores = scores.float() + mask
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float().view(k.shape[1], -1, 1, 1)
+        shared = scores.unflatten(2, (sinks.shape[1], -1))
+        ends = sinks.expand(*shared.shape[:-1], 1)
+        weights = torch.softmax(torch.cat([shared, ends], dim=-1), dim=-1)[..., :-1].flatten(2, 3)
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return weights.to(q.dtype) @ v
 
 
 AttentionInterface.register(RAGGED, ragged_attention)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
-from swarm.models.attention import RAGGED, RaggedPass, Segment
-from swarm.models.cache import SpanCache, plan_layers
+from swarm.models.attention import RAGGED, RaggedPass
+from swarm.models.cache import ProbeCache, SpanCache, plan_layers
 from swarm.models.families import (
     cache_argument,
     caches_latents,
@@ -28,6 +28,8 @@ from swarm.models.families import (
     sliced_config,
     text_config,
 )
+from swarm.models.passes import Segment
+from swarm.models.storage import KvStore
 from swarm.types import BlockRange
 
 
@@ -154,8 +156,6 @@ class Span:
         self.config = text_config(model.config)
         self.blocks = blocks
         self.proof = proof
-        if proof.can_batch:
-            cast(Any, self.config)._attn_implementation = RAGGED
         first = next(self._stack.parameters())
         self.dtype, self.device = first.dtype, first.device
         self.hidden_size: int = self.config.hidden_size
@@ -165,6 +165,18 @@ class Span:
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
+        self.store = self._make_store()
+        if proof.can_batch:
+            cast(Any, self.config)._attn_implementation = RAGGED
+
+    @torch.inference_mode()
+    def _make_store(self) -> KvStore:
+        """A first token shows what the layers keep: config entries are named too variously."""
+        probe = ProbeCache(self._plan, self.blocks)
+        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+        view = _View(self._stack, self._list_name, self.blocks)
+        view.run(hidden, **{self._cache_argument: probe})
+        return KvStore(*probe.shapes(), self.dtype, self.device)
 
     def open_cache(self, blocks: BlockRange, batch_size: int, max_length: int) -> SpanCache:
         """An empty cache for one session. Raises RemoteProtocolError (BAD_SPAN)."""
@@ -179,7 +191,7 @@ class Span:
             blocks,
             batch_size=batch_size,
             max_length=max_length,
-            device=self.device,
+            store=self.store,
         )
 
     @torch.inference_mode()
@@ -192,25 +204,33 @@ class Span:
         """
         results: list[Tensor | None] = [None] * len(steps)
         groups: dict[tuple[BlockRange, int], list[int]] = {}
-        for index, step in enumerate(steps):
-            if step.hidden.shape[1] == 0:
-                results[index] = step.hidden
-            elif self.proof.can_batch and not step.extras:
-                planes = 2 if step.position_ids is None else step.position_ids.ndim
-                groups.setdefault((step.cache.blocks, planes), []).append(index)
-            else:
-                pieces = [step]
-                if step.cache.length and not self.proof.can_resume:
-                    pieces = _one_by_one(step)
-                results[index] = torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
-        for (blocks, _), members in groups.items():
-            outputs = self._run_ragged(self._views[blocks], [steps[i] for i in members])
-            for index, output in zip(members, outputs, strict=True):
-                results[index] = output
+        done = False
+        try:
+            for index, step in enumerate(steps):
+                if step.hidden.shape[1] == 0:
+                    results[index] = step.hidden
+                elif self.proof.can_batch and not step.extras:
+                    planes = 2 if step.position_ids is None else step.position_ids.ndim
+                    groups.setdefault((step.cache.blocks, planes), []).append(index)
+                else:
+                    pieces = [step]
+                    if step.cache.length and not self.proof.can_resume:
+                        pieces = _one_by_one(step)
+                    results[index] = torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
+            for (blocks, _), members in groups.items():
+                outputs = self._run_ragged(self._views[blocks], [steps[i] for i in members])
+                for index, output in zip(members, outputs, strict=True):
+                    results[index] = output
+            done = True
+        finally:
+            if not done:
+                for step in steps:
+                    step.cache.settle()
         return [cast(Tensor, result) for result in results]
 
     def _run_alone(self, step: SpanStep) -> Tensor:
         cache, tokens = step.cache, step.hidden.shape[1]
+        cache.make_room(tokens)
         mask = cache.whole_mask(step.padding, tokens)
         if self.takes_whole_steps:
             _reset_ropes(self._stack)
@@ -229,17 +249,17 @@ class Span:
         return output
 
     def _run_ragged(self, view: _View, steps: list[SpanStep]) -> list[Tensor]:
+        blocks, size = steps[0].cache.blocks, self.hidden_size
         segments = _segments(steps)
-        size = self.hidden_size
         hidden = torch.cat([step.hidden.reshape(1, -1, size) for step in steps], dim=1)
-        with RaggedPass(segments, gathers=self._gathers) as work:
+        with RaggedPass(self.store, blocks, segments, gathers=self._gathers) as work:
             output = view.run(
                 hidden,
                 position_ids=_packed_positions(steps, self.device),
                 past_key_values=work,
             )
-        for segment in segments:
-            segment.cache.commit(segment.tokens, segment.mask)
+        for step, segment in zip(steps, segments, strict=True):
+            step.cache.commit(segment.tokens, segment.mask)
         return [
             output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
             for segment in segments
@@ -260,14 +280,15 @@ def _one_by_one(step: SpanStep) -> list[SpanStep]:
 
 
 def _segments(steps: list[SpanStep]) -> list[Segment]:
-    shapes = [step.hidden.shape for step in steps]
-    starts = [0]
-    for rows, tokens, _ in shapes:
-        starts.append(starts[-1] + rows * tokens)
-    return [
-        Segment(step.cache, start, rows, tokens, step.cache.whole_mask(step.padding, tokens))
-        for step, start, (rows, tokens, _) in zip(steps, starts, shapes, strict=False)
-    ]
+    segments: list[Segment] = []
+    start = 0
+    for step in steps:
+        cache, (rows, tokens, _) = step.cache, step.hidden.shape
+        cache.make_room(tokens)
+        mask = cache.whole_mask(step.padding, tokens)
+        segments.append(Segment(cache.tables, cache.length, start, rows, tokens, mask))
+        start = segments[-1].end
+    return segments
 
 
 def _packed_positions(steps: list[SpanStep], device: torch.device) -> Tensor:

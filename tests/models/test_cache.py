@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, Qwen3NextConfig
 
-from swarm.errors import CannotRewind, ErrorCode, RemoteProtocolError
-from swarm.models.cache import FIRST_SLOTS, SpanCache, plan_layers
+from swarm.errors import CannotRewind, ErrorCode, OutOfPages, RemoteProtocolError
+from swarm.models.cache import SpanCache, plan_layers
+from swarm.models.pages import PAGE, SLACK
 from swarm.models.shrink import shrink
 from swarm.models.spans import SpanStep
+from swarm.models.storage import KvStore, LayerShape
 from swarm.types import BlockRange
 from tests.models.splits import close, span
 
@@ -19,9 +21,20 @@ PLAN = plan_layers(LlamaConfig(num_hidden_layers=4))
 BLOCKS = BlockRange(1, 3)
 
 
-def llama_cache(rows: int = 1, max_length: int = 256) -> SpanCache:
-    device = torch.device("cpu")
-    return SpanCache(PLAN, BLOCKS, batch_size=rows, max_length=max_length, device=device)
+PAGE_BYTES = 2 * len(BLOCKS) * 2 * 4 * 4 * PAGE  # keys and values, blocks, heads, dim, float32
+
+
+def store(pages: int = 1 << 12) -> KvStore:
+    layers = {block: LayerShape(2, 4, 2, 4) for block in range(4)}
+    held = KvStore(layers, {}, torch.float32, torch.device("cpu"))
+    held.budget = pages * PAGE_BYTES
+    return held
+
+
+def llama_cache(
+    rows: int = 1, max_length: int = 1 << 12, memory: KvStore | None = None
+) -> SpanCache:
+    return SpanCache(PLAN, BLOCKS, batch_size=rows, max_length=max_length, store=memory or store())
 
 
 @torch.inference_mode()
@@ -37,7 +50,7 @@ def put(cache: SpanCache, tokens: int) -> torch.Tensor:
 @given(
     st.lists(
         st.one_of(
-            st.tuples(st.just("put"), st.integers(1, 40)),
+            st.tuples(st.just("put"), st.integers(1, 2 * PAGE)),
             st.tuples(st.just("crop"), st.floats(0, 1)),
             st.tuples(st.just("reorder"), st.lists(st.integers(0, 4), min_size=1, max_size=5)),
         ),
@@ -45,7 +58,7 @@ def put(cache: SpanCache, tokens: int) -> torch.Tensor:
     )
 )
 def test_any_history_leaves_what_concatenation_would(history: list[tuple[str, object]]) -> None:
-    cache, naive = llama_cache(rows=2, max_length=512), torch.empty(2, 2, 0, 4)
+    cache, naive = llama_cache(rows=2), torch.empty(2, 2, 0, 4)
     for action, value in history:
         if action == "put":
             assert isinstance(value, int)
@@ -65,14 +78,63 @@ def test_any_history_leaves_what_concatenation_would(history: list[tuple[str, ob
     assert cache.batch_size == naive.shape[0]
 
 
-def test_room_is_made_in_leaps_and_never_beyond_the_reservation() -> None:
-    cache = llama_cache(max_length=200)
-    sizes: list[int] = []
-    for _ in range(200):
-        put(cache, 1)
-        sizes.append(cache.nbytes)
-    per_token = 2 * len(BLOCKS) * 2 * 4 * 4  # keys and values, blocks, heads, head_dim, float32
-    assert sorted(set(sizes)) == [tokens * per_token for tokens in (FIRST_SLOTS, 128, 200)]
+def test_a_budget_is_hard_and_what_does_not_fit_changes_nothing() -> None:
+    memory = store(pages=9)
+    one, two = (llama_cache(memory=memory) for _ in range(2))
+    shown = put(one, 5 * PAGE - 1)
+    put(two, 4 * PAGE)
+    assert memory.used == memory.taken == memory.budget
+    with pytest.raises(OutOfPages, match="in use"):
+        two.make_room(1)
+    one.make_room(1)
+    memory.check_integrity()
+    two.release()
+    assert memory.used == 5 * PAGE_BYTES
+    more = put(one, 4 * PAGE)
+    assert torch.equal(more[:, :, : shown.shape[2]], shown)
+    one.crop(1)
+    assert memory.used == PAGE_BYTES
+    one.release()
+    assert memory.used == 0
+    memory.check_integrity()
+
+
+def test_a_pass_that_found_no_page_leaves_none_behind() -> None:
+    memory = store(pages=4)
+    cache = llama_cache(rows=2, memory=memory)
+    put(cache, PAGE)
+    with pytest.raises(OutOfPages):
+        cache.make_room(2 * PAGE)
+    assert memory.used == 2 * PAGE_BYTES
+    put(cache, PAGE)
+
+
+def test_room_that_one_kind_of_session_left_serves_another() -> None:
+    """Sub-spans have pages of their own; nobody's, when nobody uses them."""
+    memory = store(pages=8)
+    first = llama_cache(memory=memory)
+    put(first, 8 * PAGE)
+    other = SpanCache(PLAN, BlockRange(0, 4), batch_size=1, max_length=1 << 12, store=memory)
+    with pytest.raises(OutOfPages):
+        other.make_room(1)
+    first.release()
+    other.make_room(4 * PAGE)
+    assert memory.used == memory.taken == memory.budget
+    memory.check_integrity()
+
+
+def test_what_a_former_owner_left_is_wiped() -> None:
+    memory = store(pages=1)
+    first = llama_cache(memory=memory)
+    nan = torch.full((1, 2, PAGE, 4), torch.nan)
+    with torch.inference_mode():
+        for block in range(BLOCKS.start, BLOCKS.end):
+            first.update(nan, nan, block)
+    first.release()
+    put(llama_cache(memory=memory), 1)
+    for kind in memory.kinds(BLOCKS):
+        for slab in memory.slabs(kind):
+            assert all(part.isfinite().all() for pair in slab.layers.values() for part in pair)
 
 
 @pytest.mark.parametrize("length", [-1, 8])
@@ -93,9 +155,8 @@ def test_rows_that_do_not_exist_are_refused(rows: list[int]) -> None:
 
 def test_recurrent_states_do_not_pretend_to_rewind() -> None:
     plan = plan_layers(shrink(Qwen3NextConfig()))
-    cache = SpanCache(
-        plan, BlockRange(0, len(plan)), batch_size=1, max_length=64, device=torch.device("cpu")
-    )
+    memory = KvStore({}, {}, torch.float32, torch.device("cpu"))
+    cache = SpanCache(plan, BlockRange(0, len(plan)), batch_size=1, max_length=64, store=memory)
     cache.commit(9, None)
     with pytest.raises(CannotRewind):
         cache.crop(4)
@@ -114,6 +175,15 @@ def test_sliding_windows_rewind_further_than_transformers_can() -> None:
     held.run([SpanStep(fresh, hidden[:, :9])])
     again = held.run([SpanStep(cache, hidden[:, 20:])])[0]
     assert close(again, held.run([SpanStep(fresh, hidden[:, 20:])])[0])
+    long = held.open_cache(held.blocks, 1, 1024)
+    text = torch.randn(1, 2 * SLACK + 2 * PAGE, held.hidden_size)
+    held.run([SpanStep(long, text)])
+    with pytest.raises(CannotRewind, match="replay"):
+        long.crop(9)
+    long.crop(text.shape[1] - SLACK)
+    with pytest.raises(CannotRewind):
+        long.crop(PAGE)
+    long.crop(0)
     theirs = DynamicCache(config=held.config)
     states = torch.randn(1, 2, 30, 12)
     theirs.update(states, states, 0)

@@ -1,0 +1,234 @@
+"""Where a pass's new tokens go and which pages its rows read: index arrays, made once per pass.
+
+Decode rows read their pages where they lie. Pages of all rows are sorted by number, and stretches
+of consecutive ones (runs) become one batched product each, whoever owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swarm.models.pages import PAGE, PageTable
+from swarm.models.storage import Kind, KvStore, Slab, place
+
+SHORT = 8  # tokens per row up to which a step reads pages in place, instead of gathering them
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One session's share of a pass: `rows * tokens` consecutive tokens from `start` on.
+
+    `past` tokens per row came before. `mask` is bool `[rows, past + tokens]`, None = no padding.
+    """
+
+    tables: dict[Kind, PageTable]
+    past: int
+    start: int
+    rows: int
+    tokens: int
+    mask: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows * self.tokens
+
+    @property
+    def total(self) -> int:
+        return self.past + self.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pages `[first, last)` of a slab serve as items `[begin, end)`."""
+
+    slab: Slab
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+class Reading:
+    """What rows of `tokens` new tokens each read: an item is one page as one row sees it.
+
+    owner `[items]`: the row. slots `[items, PAGE]`: positions in that row's text. by_row `[items]`
+    and offsets `[rows]`: the items of each row. widest `[rows * n]`: the same as a rectangle,
+    with some twice. `in_order`: items are rows. The tables' versions tell whether all this
+    still holds in the next pass.
+    """
+
+    def __init__(
+        self, slabs: Sequence[Slab], tables: Sequence[PageTable], tokens: int, device: torch.device
+    ) -> None:
+        self.tables = list(tables)
+        self.versions = [table.version for table in tables]
+        self.tokens = tokens
+        rows = [(table.first, row) for table in tables for row in table.rows]
+        items = self._sorted(rows)
+        self.runs = _runs(slabs, [page for page, _, _ in items])
+        counts = [len(pages) for _, pages in rows]
+        self.rows, self.items = len(rows), len(items)
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        place_of = [0] * len(items)
+        for index, (_, row, number) in enumerate(items):
+            place_of[starts[row] + number] = index
+        most = range(max(counts))
+        numbers = torch.tensor([rows[r][0] + n for _, r, n in items], device=device)
+        self.slots = numbers[:, None] * PAGE + torch.arange(PAGE, device=device)
+        self.owner = torch.tensor([row for _, row, _ in items], device=device)
+        self.by_row = torch.tensor(place_of, device=device)
+        self.offsets = torch.tensor(starts, device=device)
+        self.in_order = len(items) == len(rows) and place_of == list(range(len(items)))
+        widest = [
+            place_of[start + min(number, count - 1)]
+            for start, count in zip(starts, counts, strict=True)
+            for number in most
+        ]
+        self.widest = torch.tensor(widest, device=device)
+
+    def add_up(self, parts: Tensor) -> Tensor:
+        """`[items, n]` to `[rows, n]`: the sum of each row's items (of nobody else's: NaN stay
+        where they are)."""
+        if self.in_order:
+            return parts
+        return torch.embedding_bag(parts, self.by_row, self.offsets, False, 0)[0]
+
+    @staticmethod
+    def _sorted(rows: Sequence[tuple[int, list[int]]]) -> list[tuple[int, int, int]]:
+        """(page, row, number in the row); pages that several rows share come once per stretch."""
+        seen: dict[int, int] = {}
+        items: list[tuple[int, int, int, int]] = []
+        for row, (_, pages) in enumerate(rows):
+            for number, page in enumerate(pages):
+                seen[page] = turn = seen.get(page, -1) + 1
+                items.append((turn, page, row, number))
+        items.sort()
+        return [item[1:] for item in items]
+
+    def holds_for(self, tables: Sequence[PageTable], tokens: int) -> bool:
+        return (
+            tokens == self.tokens
+            and len(tables) == len(self.tables)
+            and all(a is b for a, b in zip(tables, self.tables, strict=True))
+            and [table.version for table in tables] == self.versions
+        )
+
+
+@dataclass(slots=True)
+class Group:
+    """Rows of a pass that have as many new tokens; `take` finds theirs among all, None = all."""
+
+    reading: Reading
+    segments: list[Segment]
+    take: Tensor | None
+
+    def places(self, device: torch.device) -> Tensor:
+        """int64 `[rows, tokens]`: where in its row's text each new token stands."""
+        past = [segment.past for segment in self.segments for _ in range(segment.rows)]
+        return torch.tensor(past, device=device)[:, None] + torch.arange(
+            self.reading.tokens, device=device
+        )
+
+
+class KindPass:
+    """One pass as the layers of one kind see it."""
+
+    def __init__(self, store: KvStore, kind: Kind, segments: Sequence[Segment]) -> None:
+        self.kind = kind
+        self.device = store.device
+        self.slabs = store.slabs(kind)
+        self._readings = store.readings
+        self.segments = segments
+        self._writes = self._find_places()
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put `[N, heads, dim]` where the packed tokens belong."""
+        for slab, take, index in self._writes:
+            for held, new in zip(slab.layers[layer], (keys, values), strict=True):
+                held[index] = new if take is None else new[take]
+
+    def _find_places(self) -> list[tuple[Slab, Tensor | None, tuple[Tensor, slice, Tensor]]]:
+        pages: list[int] = []
+        offsets: list[int] = []
+        for segment in self.segments:
+            table = segment.tables[self.kind]
+            for row in table.rows:
+                at = segment.past
+                while at < segment.total:
+                    end = min(segment.total, (at // PAGE + 1) * PAGE)
+                    pages += [row[at // PAGE - table.first]] * (end - at)
+                    offsets += range(at % PAGE, at % PAGE + end - at)
+                    at = end
+        found = torch.tensor([pages, offsets], device=self.device)
+        writes: list[tuple[Slab, Tensor | None, tuple[Tensor, slice, Tensor]]] = []
+        for slab in self.slabs:
+            first, last = slab.pages.start, slab.pages.stop
+            inside = [first <= page < last for page in (min(pages), max(pages))]
+            take = None
+            part = found
+            if not all(inside):
+                take = ((found[0] >= first) & (found[0] < last)).nonzero()[:, 0]
+                part = found[:, take]
+            if part.shape[1]:
+                writes.append((slab, take, (part[0] - first, slice(None), part[1])))
+            if take is None:
+                break
+        return writes
+
+    def groups(self) -> list[Group]:
+        """The rows with few new tokens, by how many."""
+        by_tokens: dict[int, list[Segment]] = {}
+        for segment in self.segments:
+            if segment.tokens <= SHORT:
+                by_tokens.setdefault(segment.tokens, []).append(segment)
+        return [self._group(tokens, members) for tokens, members in by_tokens.items()]
+
+    def _group(self, tokens: int, members: list[Segment]) -> Group:
+        tables = [segment.tables[self.kind] for segment in members]
+        reading = self._readings.get((self.kind, tokens))
+        if reading is None or not reading.holds_for(tables, tokens):
+            reading = Reading(self.slabs, tables, tokens, self.device)
+            self._readings[self.kind, tokens] = reading
+        if len(members) == len(self.segments):
+            return Group(reading, members, None)
+        packed = [place for segment in members for place in range(segment.start, segment.end)]
+        return Group(reading, members, torch.tensor(packed, device=self.device))
+
+    def gather(self, layer: int, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Copies of a session's keys and values, `[rows, heads, total - first_slot, dim]`."""
+        table = segment.tables[self.kind]
+        room = len(table.rows[0])
+        runs = [_runs(self.slabs, row) for row in table.rows]
+        copies: list[Tensor] = []
+        for which in (0, 1):
+            like = self.slabs[0].layers[layer][which]
+            heads, dim = like.shape[1], like.shape[3]
+            copy = like.new_empty(segment.rows, heads, room, PAGE, dim)
+            for row, parts in enumerate(runs):
+                for run in parts:
+                    held = run.slab.layers[layer][which][run.first : run.last]
+                    copy[row, :, run.begin : run.end] = held.transpose(0, 1)
+            copies.append(copy.flatten(2, 3)[:, :, : segment.total - self.first_slot(segment)])
+        return copies[0], copies[1]
+
+    def first_slot(self, segment: Segment) -> int:
+        """The first position whose keys are still held."""
+        return segment.tables[self.kind].first * PAGE
+
+
+def _runs(slabs: Sequence[Slab], pages: Sequence[int]) -> list[Run]:
+    runs: list[Run] = []
+    begin = 0
+    for end in range(1, len(pages) + 1):
+        if end < len(pages) and pages[end] == pages[end - 1] + 1:
+            continue
+        while begin < end:  # a slab may end within the stretch
+            slab, first = place(slabs, pages[begin])
+            count = min(end - begin, len(slab.pages) - first)
+            runs.append(Run(slab, first, first + count, begin, begin + count))
+            begin += count
+    return runs
