@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,8 +31,9 @@ from benchmarks import (
     prefill,
     start,
 )
-from benchmarks.figures import table, write_json
+from benchmarks.figures import NoFigure, table, write_json
 from benchmarks.lab import Lab, machine
+from swarm.errors import SwarmError
 
 # Those that share the swarms of A and B come first; the others want the machine for themselves.
 SUITES: dict[str, Callable[[Lab], None]] = {
@@ -51,26 +53,37 @@ SUITES: dict[str, Callable[[Lab], None]] = {
 
 def main() -> None:
     arguments = _parse()
-    about = machine()
+    about, failed = machine(), list[str]()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder:
         lab = Lab(Path(folder), arguments.runs, arguments.tokens, arguments.seed, arguments.quick)
-        try:
-            with lab:
-                for lab.suite in arguments.only:
-                    SUITES[lab.suite](lab)
-        finally:  # hours of figures are not lost because a late one failed
-            about |= {"seed": lab.seed, "runs": lab.runs, "tokens": lab.tokens}
-            about |= {"checked_tokens": lab.checked, "ties": lab.ties}
-            if lab.rows:
-                print(table(lab.rows))
-                print(f"\n{lab.checked:,} tokens are one machine's, {lab.ties} of them by a tie")
-            if arguments.json:
-                write_json(arguments.json, lab.rows, about)
-            if arguments.plot:
-                from benchmarks.plot import draw
+        with lab:
+            for lab.suite in arguments.only:
+                if not _runs(lab):
+                    failed.append(lab.suite)
+    about |= {"seed": lab.seed, "runs": lab.runs, "tokens": lab.tokens, "failed": failed}
+    about |= {"checked_tokens": lab.checked, "ties": lab.ties}
+    print(table(lab.rows))
+    print(f"\n{lab.checked:,} tokens are one machine's, {lab.ties} of them by a tie")
+    if arguments.json:
+        write_json(arguments.json, lab.rows, about)
+    if arguments.plot:
+        from benchmarks.plot import draw
 
-                draw(lab.rows, arguments.plot)
+        draw(lab.rows, arguments.plot)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _runs(lab: Lab) -> bool:
+    """Whether the suite came to its end: the others' figures are not lost if it did not."""
+    try:
+        SUITES[lab.suite](lab)
+    except (SwarmError, NoFigure):
+        traceback.print_exc()
+        lab.clear()
+        return False
+    return True
 
 
 def _parse() -> argparse.Namespace:

@@ -26,5 +26,5 @@ def measure(lab: Lab) -> None:
         lab.note(f"{name}, 1 session", "tok/s", rates[1])
         lab.note(f"{name}, {SESSIONS} sessions", "tok/s", rates[SESSIONS])
         quotient = ratios(rates[SESSIONS], rates[1])
-        lab.note(f"{name}, the one over the other", "x", quotient, at_least(3))
+        lab.note(f"{name}, {SESSIONS} sessions / 1", "x", quotient, at_least(3))
     lab.clear()

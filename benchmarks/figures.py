@@ -13,6 +13,10 @@ from typing import Any
 _HEAD = ("", "", "median", "quartile 1", "quartile 3", "min", "max", "target", "")
 
 
+class NoFigure(Exception):
+    """Why a suite cannot give one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a median must not exceed, or must reach if `at_least`."""

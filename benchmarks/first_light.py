@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from benchmarks.figures import ratios
+from benchmarks.figures import NoFigure, ratios
 from benchmarks.lab import (
     PROMPT_TOKENS,
     Lab,
@@ -73,7 +73,7 @@ def _pause_when_killed(lab: Lab, local: Any, swarm: LocalSwarm) -> None:
             watch = Stopwatch(KILL_AT, lambda: swarm.kill(_in_use(swarm, session.hops[1])))
             sequences = generate(distributed, _prompt(lab, local), lab.tokens, watch)
             if not session.recoveries:
-                raise SystemExit("the killed server was not in use")
+                raise NoFigure("the killed server was not in use")
         _check(lab, local, sequences)
         values.append(max(watch.gaps[KILL_AT - 1 :]))
         lab.say("pause at a kill, ms", run, values[-1])

@@ -87,6 +87,13 @@ class TappedStream:
         self.tap.sent.append(Seen(time.perf_counter(), self.peer_id, frame))
         await self.stream.send(frame)
 
+    def send_nowait(self, frame: bytes) -> bool:
+        at = time.perf_counter()
+        taken = self.stream.send_nowait(frame)
+        if taken:
+            self.tap.sent.append(Seen(at, self.peer_id, frame))
+        return taken
+
     async def receive(self) -> bytes | None:
         frame = await self.stream.receive()
         if frame is not None:
@@ -147,7 +154,7 @@ def _overhead(lab: Lab, name: str, tap: Tap) -> None:
     lab.note(f"{name}, token, local", "ms", here)
     lab.note(f"{name}, token through {HOPS} servers", "ms", parts["step"])
     quotient = ratios(parts["step"], here)
-    lab.note(f"{name}, the one over the other", "x", quotient, END_TO_END[name])
+    lab.note(f"{name}, token, {HOPS} servers / local", "x", quotient, END_TO_END[name])
     lab.note(f"{name}, of it in the client", "ms", parts["client"])
     lab.note(f"{name}, of it computing in the spans", "ms", parts["compute"])
     lab.note(f"{name}, overhead per hop", "ms", parts["hop"], TARGETS[name])

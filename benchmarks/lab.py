@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from benchmarks.figures import Row, Target
+from benchmarks.figures import NoFigure, Row, Target
 from benchmarks.models import THIRDS, make_model
 from swarm import AutoDistributedModelForCausalLM, LocalSwarm
 from swarm.client.network import SwarmNetwork
@@ -184,7 +184,7 @@ def check_tokens(model: Any, sequences: torch.Tensor, prompt_tokens: int) -> int
     """How often a token behind the prompt was the other one of a tie.
 
     Every token must have the best logit of `model`, given those before it, or one within TIE of
-    the best. Raises SystemExit: a figure for wrong tokens would be worth nothing.
+    the best. Raises NoFigure, as one for wrong tokens would be worth nothing.
     """
     with torch.inference_mode():
         logits = model(sequences, use_cache=False).logits[:, prompt_tokens - 1 : -1].float()
@@ -197,7 +197,7 @@ def check_tokens(model: Any, sequences: torch.Tensor, prompt_tokens: int) -> int
     wrong = missing > TIE
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
-        raise SystemExit(
+        raise NoFigure(
             f"token {place} of row {row} is {int(tokens[row, place])}, but one machine writes "
             f"{int(best.indices[row, place])}, whose logit is {float(missing[row, place]):.3g} more"
         )

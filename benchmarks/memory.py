@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from statistics import median
 
 import psutil
 
 from benchmarks.figures import at_most
 from benchmarks.lab import Lab, timed
 from benchmarks.models import block_bytes
+from swarm.client.network import SwarmNetwork
 
 MIB = 2**20
 SESSIONS = 4
@@ -25,14 +27,23 @@ def measure(lab: Lab) -> None:
             timed(remote, lab.prompts(name, 1, 256), 8)
         held: list[float] = []
         beyond: list[float] = []
+        caches = _cache_bytes(lab, name)
         for server in lab.swarm(name).servers:
             blocks = range(server.blocks.start, server.blocks.end)
-            weights = block_bytes(lab.path(name), blocks) / MIB
+            known = block_bytes(lab.path(name), blocks) + caches[server.peer_id]
             held.append(_tree(server.pid) / MIB)
-            beyond.append(held[-1] - weights - sorted(imports)[len(imports) // 2])
+            beyond.append(held[-1] - known / MIB - median(imports))
             lab.progress(f"{name}, server {server.index}: {held[-1]:.0f} MiB")
         lab.note(f"{name}, server, all its processes", "MiB", held)
         lab.note(f"{name}, beyond weights and imports", "MiB", beyond, at_most(150))
+
+
+def _cache_bytes(lab: Lab, name: str) -> dict[str, int]:
+    """By peer id, what a server has taken for its KV cache and keeps, used or not."""
+    view = lab.remote(name).remote_blocks.connection.router.view
+    network = SwarmNetwork.connect(lab.swarm(name).peers, None)
+    counters = {server.record.peer_id: network.ask(server).counters for server in view.servers}
+    return {peer: found.get("kv_bytes", 0) for peer, found in counters.items()}
 
 
 def _tree(pid: int) -> int:

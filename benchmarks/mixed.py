@@ -52,7 +52,7 @@ def _stream_beside_prefill(lab: Lab, name: str) -> None:
     lab.note(f"{name}, a stream's step when it is quiet", "ms", quiet)
     lab.note(f"{name}, p99 beside a prefill of {LENGTH}", "ms", busy)
     target = at_most(4) if name == "A" else None
-    lab.note(f"{name}, the one over the other", "x", ratios(busy, quiet), target)
+    lab.note(f"{name}, p99 beside that prefill / quiet", "x", ratios(busy, quiet), target)
     lab.note(f"{name}, that prefill, beside the stream", "s", took)
 
 

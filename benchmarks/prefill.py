@@ -22,4 +22,9 @@ def measure(lab: Lab) -> None:
             lab.say(f"{name}, {LENGTH} tokens through 3 servers, s", run, there[-1])
         lab.note(f"{name}, first token after {LENGTH}, local", "s", here)
         lab.note(f"{name}, first token after {LENGTH}, 3 servers", "s", there)
-        lab.note(f"{name}, the one over the other", "x", ratios(there, here), at_most(0.8))
+        lab.note(
+            f"{name}, first token after {LENGTH}, 3 servers / local",
+            "x",
+            ratios(there, here),
+            at_most(0.8),
+        )
