@@ -267,7 +267,7 @@ def test_without_a_replacement_it_says_so_or_waits_for_one(
                 if server.alive and str(server.blocks) == SPANS[2]:
                     swarm.kill(server.index)
             began = time.monotonic()
-            with pytest.raises(NoRoute, match="blocks 16:24 of swarm-demo") as caught:
+            with pytest.raises(NoRoute, match="16:24") as caught:
                 hasty.generate(None, session=short, **GREEDY)
             assert time.monotonic() - began < 30
             assert "\n" not in str(caught.value)
