@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar, cast
 
@@ -79,11 +80,15 @@ class BackgroundLoop:
         (Ctrl-C), the coroutine is cancelled. Must not be called on the loop itself.
         """
         assert threading.current_thread() is not self._thread, "the loop would wait for itself"
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self.start(coroutine)
         try:
             return future.result(timeout)
         finally:
             future.cancel()  # does nothing to what is done
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `coroutine` on the loop; cancelling the future cancels it. From any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have `function` called on the loop, soon; any thread may ask."""

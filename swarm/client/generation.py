@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils.generic import ModelOutput
 
+from swarm.client.plain import PlainMixin, reading
 from swarm.client.remote import (
     InferenceSession,
     RemoteBlocks,
@@ -19,6 +20,7 @@ from swarm.client.remote import (
     active_session,
     watched_blocks,
 )
+from swarm.client.turns import finish, resume
 from swarm.errors import UsageError
 from swarm.models.shell import stack_of
 
@@ -33,7 +35,7 @@ class DistributedMixin:
         return self.remote_blocks.inference_session(max_length)
 
 
-class GeneratingMixin(DistributedMixin):
+class GeneratingMixin(DistributedMixin, PlainMixin):
     """For classes with a `generate`."""
 
     def generate(
@@ -53,11 +55,7 @@ class GeneratingMixin(DistributedMixin):
         session = session if session is not None else active_session()
         if session is None:
             return self._generate_once(inputs, args, kwargs)
-        text, mask, old = _whole_text(session, inputs, kwargs.pop("attention_mask", None))
-        sure = session.position if session.doubtful_from is None else session.doubtful_from
-        session.rollback(min(session.position, sure, text.shape[1] - 1))
-        # Until it returns, nobody knows which tokens the servers hold behind those known before.
-        session.doubtful_from = 0 if session.output_ids is None else session.output_ids.shape[1]
+        text, mask, old = resume(session, inputs, kwargs.pop("attention_mask", None))
         result = super().generate(  # pyright: ignore
             text,
             *args,
@@ -65,10 +63,8 @@ class GeneratingMixin(DistributedMixin):
             past_key_values=RemoteCache(session),
             **kwargs,
         )
-        session.doubtful_from = None
         sequences = cast(Tensor, result["sequences"] if isinstance(result, ModelOutput) else result)
-        session.output_ids = sequences
-        session.attention_mask = _grown(mask, sequences.shape[1])
+        finish(session, sequences, mask)
         if isinstance(result, ModelOutput):
             cast(Any, result).sequences = sequences[:, old:]
             return result
@@ -99,47 +95,19 @@ class GeneratingMixin(DistributedMixin):
         max_cache_length: int,
     ) -> Any:
         """Called by transformers once it knows how long the text may become."""
+        if reading.get() is not None:
+            if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+                raise UsageError(
+                    "streams decode greedily or by sampling; for beams and assistants use "
+                    "asyncio.to_thread(model.generate, ...)"
+                )
+            return None
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
             cache.session.max_length = max(cache.session.max_length, max_cache_length)
         return super()._prepare_cache_for_generation(  # pyright: ignore
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-
-
-def _whole_text(
-    session: InferenceSession, inputs: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, int]:
-    """All ids, their mask, and how many of them the caller did not give."""
-    known = session.output_ids
-    if known is None or known.shape[1] == 0:
-        if inputs is None:
-            raise UsageError("the session is empty; give generate some input_ids to begin with")
-        return inputs, _grown(mask, inputs.shape[1], inputs), 0
-    if inputs is not None and inputs.shape[0] != known.shape[0]:
-        raise UsageError(
-            f"the session has {known.shape[0]} rows, the input {inputs.shape[0]}; "
-            "open another session for another batch"
-        )
-    count = known.shape[1]
-    known_mask = _grown(session.attention_mask, count, known)
-    if inputs is None:
-        return known, known_mask, count
-    if inputs.shape[1] >= count and torch.equal(inputs[:, :count].to(known.device), known):
-        return inputs, _grown(mask if mask is not None else known_mask, inputs.shape[1]), 0
-    new_mask = _grown(mask, inputs.shape[1], inputs)
-    if mask is not None and mask.shape[1] == count + inputs.shape[1]:
-        return torch.cat([known, inputs], dim=1), mask, count
-    return torch.cat([known, inputs], dim=1), torch.cat([known_mask, new_mask], dim=1), count
-
-
-def _grown(mask: Tensor | None, length: int, like: Tensor | None = None) -> Tensor:
-    """The mask with ones up to `length`."""
-    if mask is None:
-        assert like is not None
-        return torch.ones((like.shape[0], length), dtype=torch.long, device=like.device)
-    missing = length - mask.shape[1]
-    return torch.nn.functional.pad(mask[:, :length], (0, max(0, missing)), value=1)
 
 
 def _with_hidden_states(

@@ -30,7 +30,7 @@ class History:
 
     def add(self, start: int, frame: TensorFrame) -> None:
         """As `append`, for what comes from the wire or goes there; cheap for single positions."""
-        time_major = 1 in frame.shape[:2]
+        time_major = 1 in frame.shape[:2] and frame.codec == "none"
         if start != self.length or not time_major:
             self.append(start, from_frame(frame))
             return

@@ -125,15 +125,18 @@ class InferenceSession:
         `position_ids` is int64 `[B, T]` (or `[3 | 4, B, T]`), None counts on; `padding` is
         `[B, T]` with 1 for real tokens. Raises NoRoute, SessionClosed.
         """
+        remote = self.remote(hidden_states.shape[0])
+        inputs = _inputs(self.position, hidden_states, position_ids, padding)
+        output = self._connection.loop.call(remote.step(hidden_states, inputs))
+        return output.to(hidden_states.device, hidden_states.dtype)
+
+    def remote(self, rows: int) -> RemoteSession:
+        """What lives in the background loop; servers hear of it with its first step."""
         if self._remote is None:
-            self._remote = self._connection.open(
-                self.blocks, hidden_states.shape[0], self.max_length
-            )
+            self._remote = self._connection.open(self.blocks, rows, self.max_length)
             self._closer = weakref.finalize(self, _close, self._connection.loop, self._remote)
             self._closer.atexit = False  # at exit the streams end anyway
-        inputs = _inputs(self.position, hidden_states, position_ids, padding)
-        output = self._connection.loop.call(self._remote.step(hidden_states, inputs))
-        return output.to(hidden_states.device, hidden_states.dtype)
+        return self._remote
 
     def close(self) -> None:
         """Free the servers' memory. Closing twice is fine."""

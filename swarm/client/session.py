@@ -216,7 +216,7 @@ class RemoteSession:
     async def _flow(self, pending: Pending) -> None:
         """Send to the first hop; each hop pushes to the next, and the last one answers."""
         self._flowing = True
-        first, answer = self.hops[0], pending.answer
+        first = self.hops[0]
         chunks = self._chunks(pending.start, pending.end, self.hops)
         window = min(hop.window for hop in self.hops)
         for index, (begin, end) in enumerate(chunks):
@@ -230,7 +230,7 @@ class RemoteSession:
                     hop.position = begin
             self._sent[step.step] = Sent(step, set(self.hops), end)
             first.send(step)
-        await self._until(lambda: answer.length >= pending.end)
+        await self._until(lambda: pending.answer.length >= pending.end)
 
     async def _refill(self, pending: Pending) -> None:
         """Bring hop after hop to the end of the pending step, each from what it lacks."""
@@ -342,8 +342,7 @@ class RemoteSession:
             pushed = output.pushed and hop.pushes_to is not None
             if self._flowing and following is not None and not pushed and not self._trouble:
                 following.send(step.model_copy(update={"hidden": output.hidden}))
-        seconds = output.compute_ms / 1e3
-        self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks))
+        self._router.worked(hop.peer_id, end - begin, output.compute_ms / 1e3, len(hop.blocks))
         self._bell.ring()
 
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
