@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import hivemind.hivemind_cli as hivemind_cli  # and nothing `from hivemind`: see __init__.py
 from google.protobuf.message import DecodeError
-from hivemind import hivemind_cli
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
