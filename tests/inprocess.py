@@ -151,6 +151,8 @@ class InProcessSwarm:
             numerics=Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
             announced_at=int(NOW * 1000),
         )
+        if self.limits.kv_bytes is not None:
+            span.store.budget = self.limits.kv_bytes
         signed = sign_record(record, mine, self.key)
         executor = Executor(Backend(span), self.limits.pass_tokens)
         executor.start()
@@ -259,9 +261,12 @@ class InProcessSwarm:
         """Nobody has a session any more: all cache slots are free, and no task is left over."""
         self.wait_until(lambda: not any(server.handler.sessions for server in self.servers))
         for server in self.servers:
-            assert server.handler.load().free_tokens == self.limits.kv_tokens
+            store, admission = server.handler._span.store, server.handler._admission
+            self.wait_until(lambda store=store: store.used == 0)
+            store.check_integrity()
+            admission.check_integrity()
+            assert (len(admission), admission.promised) == (0, 0)
             assert server.handler.load().queue == 0
-            server.handler._budget.check_integrity()
         self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
 
     def serving(self, session: Any, block: int) -> Server:

@@ -122,7 +122,7 @@ def test_numbers_in_the_text_are_the_code_s() -> None:
     limits = [cells[1] for cells in rows(section("11. Limits and waits"))]
     server, client = ServerLimits(), ClientTimeouts()
     actual = [
-        *(server.window, server.max_step_tokens, server.kv_tokens, server.max_sessions),
+        *(server.window, server.max_step_tokens, server.kv_wait, server.max_sessions),
         *(server.open_timeout, server.idle_timeout, server.send_timeout),
         *(client.connect, client.sync, client.step, client.recovery),
     ]

@@ -16,6 +16,7 @@ from swarm.cli.common import (
     Parser,
     add_model,
     joining_parser,
+    memory,
     parse_joining,
     quick_imports,
     read_peers,
@@ -98,11 +99,12 @@ def server_parser() -> Parser:
         "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
     )
     parser.add_argument(
-        "--kv-tokens",
-        type=whole(1, 1 << 31),
-        default=1 << 16,
-        metavar="N",
-        help="positions of attention cache for all sessions together (default: %(default)s)",
+        "--kv-memory",
+        dest="kv_bytes",
+        type=memory,
+        metavar="SIZE",
+        help="for the keys and values of all sessions together, such as 2GB or 512MiB (default: a "
+        "quarter of what is free beside the weights, on a GPU 70 %%)",
     )
     return parser
 
@@ -151,7 +153,7 @@ def serve(argv: Sequence[str]) -> int:
         from swarm.server.node import ServerConfig, ServerNode
 
     del asked["verbose"]
-    peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_tokens=asked.pop("kv_tokens"))
+    peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_bytes=asked.pop("kv_bytes"))
     config = ServerConfig(peers=peers, limits=limits, **asked)
 
     async def work(life: _Life) -> None:

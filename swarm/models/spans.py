@@ -217,10 +217,15 @@ class Span:
                     if step.cache.length and not self.proof.can_resume:
                         pieces = _one_by_one(step)
                     results[index] = torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
+            segments: dict[int, Segment] = {}
             for (blocks, _), members in groups.items():
-                outputs = self._run_ragged(self._views[blocks], [steps[i] for i in members])
+                packed = _segments([steps[i] for i in members])
+                outputs = self._run_ragged(self._views[blocks], packed, [steps[i] for i in members])
+                segments |= zip(members, packed, strict=True)
                 for index, output in zip(members, outputs, strict=True):
                     results[index] = output
+            for index, segment in segments.items():
+                steps[index].cache.commit(segment.tokens, segment.mask)
             done = True
         finally:
             if not done:
@@ -248,9 +253,10 @@ class Span:
         cache.commit(tokens, mask)
         return output
 
-    def _run_ragged(self, view: _View, steps: list[SpanStep]) -> list[Tensor]:
+    def _run_ragged(
+        self, view: _View, segments: list[Segment], steps: list[SpanStep]
+    ) -> list[Tensor]:
         blocks, size = steps[0].cache.blocks, self.hidden_size
-        segments = _segments(steps)
         hidden = torch.cat([step.hidden.reshape(1, -1, size) for step in steps], dim=1)
         with RaggedPass(self.store, blocks, segments, gathers=self._gathers) as work:
             output = view.run(
@@ -258,8 +264,6 @@ class Span:
                 position_ids=_packed_positions(steps, self.device),
                 past_key_values=work,
             )
-        for step, segment in zip(steps, segments, strict=True):
-            step.cache.commit(segment.tokens, segment.mask)
         return [
             output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
             for segment in segments

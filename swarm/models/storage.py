@@ -91,6 +91,9 @@ class KvStore:
         self._layers = layers
         self._states = states
         self._dtype, self.device = dtype, device
+        numbers = sum(shape.numbers for shape in layers.values()) * dtype.itemsize
+        # What one more token of one row in all blocks needs.
+        self.token_bytes = max(1, numbers + sum(shape.per_token for shape in states.values()))
         self.readings: dict[tuple[Kind, int], Any] = {}
         self._shelves: dict[Kind, _Shelf] = {}
         self._charged = 0

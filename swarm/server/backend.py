@@ -57,7 +57,10 @@ class Backend:
             try:
                 if piece.begin == 0:
                     self._rearrange(work)
+                work.cache.make_room(piece.end - piece.begin)
                 ready.append((piece, self._step(work, piece)))
+            except OutOfPages as error:
+                failures[piece.key] = error
             except CannotRewind as error:
                 failures[piece.key] = RemoteProtocolError(
                     ErrorCode.CANNOT_REWIND, str(error), position=work.cache.length

@@ -33,7 +33,7 @@ from swarm.messages import (
 from swarm.models.spans import Span, SpanCache
 from swarm.protocol import PUSH, SESSION, Conversation, Ledger, agree_on_version
 from swarm.server.executor import Executor
-from swarm.server.memory import KvBudget
+from swarm.server.memory import Admission
 from swarm.server.pusher import Pusher, Resolve
 from swarm.server.session import Counters, Session
 from swarm.tensors import DTYPE_NAMES
@@ -73,7 +73,8 @@ class Handler:
         self._transport = transport
         self._resolve = resolve
         self._limits = limits
-        self._budget = KvBudget(limits.kv_tokens)
+        self._admission = Admission(span.store.budget, limits.kv_overcommit)
+        self._turns: dict[bytes, asyncio.Event] = {}  # of openings that wait
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
         self.counters = Counters()
         self.draining = False
@@ -82,8 +83,14 @@ class Handler:
         return Load(
             queue=self._executor.queue_depth,
             step_ms=self._executor.median_step_ms,
-            free_tokens=self._budget.free,
+            free_tokens=self._free_tokens(),
         )
+
+    def _free_tokens(self) -> int:
+        """What both promises and pages leave."""
+        store = self._span.store
+        free = min(self._admission.free, store.budget - store.used) // store.token_bytes
+        return max(0, min(free, (1 << 31)))
 
     @property
     def sessions(self) -> int:
@@ -96,15 +103,39 @@ class Handler:
             opening = conversation.receive(await self._first(stream))
             assert isinstance(opening, Open)
             client = self._check(opening)
-            self._budget.reserve(opening.session_id, opening.batch_size * opening.max_length)
+            cache = self._cache(opening)
+            needed = self._span.store.session_bytes(
+                cache.blocks, opening.batch_size, opening.max_length
+            )
+            admitted = self._admission.ask(opening.session_id, needed)
             try:
-                session = self._make(opening, client)
+                if not admitted:
+                    await self._turn(opening.session_id)
+                session = self._make(opening, client, cache)
                 self._sessions[opening.session_id] = (opening.ticket, session)
                 self.counters.sessions += 1
                 await session.serve(stream, conversation, self._opened(opening))
             finally:
                 self._sessions.pop(opening.session_id, None)
-                self._budget.release(opening.session_id)
+                self._executor.run_soon(cache.release)
+                for session_id in self._admission.leave(opening.session_id):
+                    self._turns[session_id].set()
+
+    async def _turn(self, session_id: bytes) -> None:
+        """Wait for memory, in the order of openings. Raises RemoteProtocolError (BUSY)."""
+        turn = self._turns[session_id] = asyncio.Event()
+        try:
+            async with asyncio.timeout(self._limits.kv_wait):
+                await turn.wait()
+        except TimeoutError:
+            if not turn.is_set():  # it may have come at the last moment
+                raise RemoteProtocolError(
+                    ErrorCode.BUSY,
+                    f"all {self._admission.limit:,} bytes of cache are promised",
+                    retry_after=self._limits.kv_wait,
+                ) from None
+        finally:
+            del self._turns[session_id]
 
     async def push(self, stream: Stream) -> None:
         """Another server's stream: Attach with a ticket, then steps for that session."""
@@ -141,6 +172,7 @@ class Handler:
             "shared_passes": backend.shared_passes,
             "device_steps": backend.steps,
             "open_sessions": len(self._sessions),
+            "kv_bytes": self._span.store.taken,
         }
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
 
@@ -198,11 +230,11 @@ class Handler:
             raise RemoteProtocolError(
                 ErrorCode.WRONG_MODEL, f"this server computes in {served.numerics}"
             )
-        if len(self._sessions) >= self._limits.max_sessions:
+        if len(self._admission) >= self._limits.max_sessions:
             raise RemoteProtocolError(ErrorCode.BUSY, "too many sessions", retry_after=1.0)
         return client
 
-    def _make(self, opening: Open, client: str) -> Session:
+    def _make(self, opening: Open, client: str, cache: SpanCache) -> Session:
         limits = self._limits
         ledger = Ledger(
             batch_size=opening.batch_size,
@@ -221,7 +253,7 @@ class Handler:
         session = Session(
             client,
             ledger,
-            self._cache(opening),
+            cache,
             self._executor,
             pusher,
             limits,

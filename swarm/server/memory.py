@@ -1,40 +1,72 @@
-"""Who may fill how much of the key-value cache: a hard budget, counted in slots."""
+"""Who may open a session when memory for keys and values is short: first come, first served.
+
+Pure: promises are counted here, pages where they lie (models/storage.py). A session is promised
+what it may ever need; most end before, so that more may be promised than there is.
+"""
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 
 
-class KvBudget:
-    """Slots are batch rows x positions; a session reserves all it may ever need when it opens."""
+class Admission:
+    """`budget` is in bytes; up to `overcommit` times as many are promised."""
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
+    def __init__(self, budget: int, overcommit: float) -> None:
+        self.budget = budget
+        self.limit = int(budget * overcommit)
+        self.promised = 0
         self._held: dict[bytes, int] = {}
+        self._waiting: OrderedDict[bytes, int] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Sessions, and those who wait to become one."""
+        return len(self._held) + len(self._waiting)
 
     @property
     def free(self) -> int:
-        return self.slots - sum(self._held.values())
+        """Bytes that could be promised now; 0 while somebody waits."""
+        return 0 if self._waiting else self.limit - self.promised
 
-    def reserve(self, session_id: bytes, slots: int) -> None:
-        """Raises RemoteProtocolError: TOO_LONG if it can never fit, BUSY if not now."""
-        if session_id in self._held:
+    def ask(self, session_id: bytes, nbytes: int) -> bool:
+        """Whether it may begin at once; else it has a place in the queue.
+
+        Raises RemoteProtocolError: TOO_LONG if it can never fit, OUT_OF_ORDER if it is known.
+        """
+        if session_id in self._held or session_id in self._waiting:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "this session is open already")
-        if slots > self.slots:
+        if nbytes > self.budget:
             raise RemoteProtocolError(
-                ErrorCode.TOO_LONG, f"{slots} cache slots asked for; this server has {self.slots}"
+                ErrorCode.TOO_LONG,
+                f"{nbytes:,} bytes of cache asked for; this server has {self.budget:,}",
             )
-        if slots > self.free:
-            raise RemoteProtocolError(
-                ErrorCode.BUSY, f"{self.free} of {self.slots} cache slots free", retry_after=1.0
-            )
-        self._held[session_id] = slots
+        self._waiting[session_id] = nbytes
+        return session_id in self._admit()
 
-    def release(self, session_id: bytes) -> None:
-        if self._held.pop(session_id, None) is None:
-            raise LocalProtocolError("released a reservation that nobody holds")
+    def leave(self, session_id: bytes) -> list[bytes]:
+        """Give back a promise, or a place in the queue. Who may begin now, in order."""
+        if session_id in self._held:
+            self.promised -= self._held.pop(session_id)
+        elif self._waiting.pop(session_id, None) is None:
+            raise LocalProtocolError("gave back a promise that nobody has")
+        return self._admit()
+
+    def _admit(self) -> list[bytes]:
+        """The queue is strict: a large session is not overtaken for ever by small ones."""
+        admitted: list[bytes] = []
+        while self._waiting:
+            session_id, nbytes = next(iter(self._waiting.items()))
+            if self.promised + nbytes > self.limit:
+                break
+            del self._waiting[session_id]
+            self._held[session_id] = nbytes
+            self.promised += nbytes
+            admitted.append(session_id)
+        return admitted
 
     def check_integrity(self) -> None:
-        """Raises LocalProtocolError if more is held than exists."""
-        if self.free < 0 or any(slots < 0 for slots in self._held.values()):
-            raise LocalProtocolError(f"cache accounting is off: {self.free} slots free")
+        """Raises LocalProtocolError if promises do not add up."""
+        if not sum(self._held.values()) == self.promised <= self.limit:
+            raise LocalProtocolError(f"{self.promised} of {self.limit} bytes promised")

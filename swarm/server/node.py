@@ -203,6 +203,7 @@ class ServerNode:
         )
         block_bytes = throughput.block_bytes(checkpoint.config, dtype)
         free_bytes = throughput.free_bytes(device)
+        kv_bytes = config.limits.kv_bytes
         asked = len(config.blocks) if config.blocks else config.num_blocks
         if asked:
             placement.check_fit(
@@ -214,8 +215,8 @@ class ServerNode:
         wanted = asked or placement.fitting_blocks(
             self._num_blocks,
             block_bytes=block_bytes,
-            cache_bytes=throughput.cache_bytes(checkpoint.config, dtype, config.limits.kv_tokens),
-            free_bytes=free_bytes,
+            cache_bytes=0 if kv_bytes else throughput.cache_bytes(checkpoint.config, dtype),
+            free_bytes=free_bytes - (kv_bytes or 0),
         )
         coming = (ServerState.JOINING, ServerState.ONLINE)
         spans = [s.record.blocks for s in view.servers if s.record.state in coming]
@@ -261,6 +262,10 @@ class ServerNode:
             raise UsageError(
                 f"blocks {self.blocks} do not fit into {device}: serve fewer with --num-blocks"
             ) from error
+        store = span.store
+        store.budget = self._config.limits.kv_bytes or throughput.cache_budget(device)
+        tokens = store.budget // store.token_bytes
+        logger.info("%.2f GiB for keys and values: %d tokens", store.budget / 2**30, tokens)
         self._throughput = throughput.tokens_per_second(span)
         return span
 

@@ -54,6 +54,6 @@ def fitting_blocks(num_blocks: int, *, block_bytes: int, cache_bytes: int, free_
         needed = (block_bytes + cache_bytes) / _MEMORY_SHARE / 2**30
         raise UsageError(
             f"one block needs {needed:.1f} GiB free and there are {free_bytes / 2**30:.1f}: "
-            "free some memory, or lower --kv-tokens"
+            "free some memory, or lower --kv-memory"
         )
     return min(count, num_blocks)

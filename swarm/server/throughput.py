@@ -20,6 +20,9 @@ from swarm.types import DTYPE_BYTES, DType
 
 _MEASURE_SECONDS = 0.2
 _MEASURE_STEPS = 16
+_ROOMY_TOKENS = 1 << 16
+_CACHE_SHARE = 0.7  # of what is free beside the weights; the rest is for activations
+_CPU_CACHE_SHARE = 0.25  # other programs live there, too
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,6 +55,12 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # macOS tells no more
 
 
+def cache_budget(device: torch.device) -> int:
+    """Bytes for keys and values when nobody says how many; ask when the weights are loaded."""
+    share = _CPU_CACHE_SHARE if device.type == "cpu" else _CACHE_SHARE
+    return int(free_bytes(device) * share)
+
+
 def block_bytes(config: PreTrainedConfig, dtype: DType) -> int:
     """Bytes of the largest block's weights. Raises UnsupportedModel."""
     with torch.device("meta"):
@@ -61,12 +70,12 @@ def block_bytes(config: PreTrainedConfig, dtype: DType) -> int:
     return DTYPE_BYTES[dtype] * max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
 
-def cache_bytes(config: PreTrainedConfig, dtype: DType, tokens: int) -> int:
-    """Bytes of keys and values of `tokens` in one block, at most."""
+def cache_bytes(config: PreTrainedConfig, dtype: DType) -> int:
+    """Bytes of one block's keys and values for as many tokens as a server should have room for."""
     text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(heads) * int(size) * tokens * DTYPE_BYTES[dtype]
+    return 2 * int(heads) * int(size) * _ROOMY_TOKENS * DTYPE_BYTES[dtype]
 
 
 def tokens_per_second(span: Span) -> float:
@@ -81,4 +90,5 @@ def tokens_per_second(span: Span) -> float:
         seconds.append(time.perf_counter() - begin)
         if begin > end and len(seconds) > 2:
             break
+    cache.release()
     return 1 / median(seconds)

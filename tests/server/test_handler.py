@@ -23,12 +23,13 @@ from swarm.messages import (
     Refused,
     Step,
 )
+from swarm.models.pages import PAGE
 from swarm.models.spans import SpanCache
 from swarm.server.session import Session
 from swarm.wire import decode, encode
 from tests.inprocess import identity
 from tests.server.stranger import Stranger, Talk, hidden_of
-from tests.server.town import FRAMES, LIMITS, STEPS, Town, frame_of
+from tests.server.town import FRAMES, LIMITS, PAGES, STEPS, Town, frame_of
 
 
 async def refused_code(talk: Talk, opening: Any) -> ErrorCode:
@@ -103,7 +104,7 @@ def test_anybody_may_ask_what_a_server_has_done(town: Town) -> None:
     assert answer.record == town.server.record.data
     assert answer.counters["open_sessions"] == 1
     assert answer.counters["sessions"] >= 1
-    assert answer.load.free_tokens == LIMITS.kv_tokens - 64
+    assert answer.load.free_tokens == (PAGES - 1) * PAGE
 
 
 # Patience ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The budget of cache slots is hard, and whatever was taken comes back."""
+"""Promises of memory are kept in order, whatever was taken comes back, and nobody waits unseen."""
 
 from __future__ import annotations
 
@@ -7,44 +7,64 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
-from swarm.server.memory import KvBudget
+from swarm.server.memory import Admission
 
-SLOTS = 100
+BUDGET, OVERCOMMIT = 100, 1.5
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 120), st.booleans()), max_size=30))
-def test_a_budget_counts_as_a_dictionary_would(calls: list[tuple[int, int, bool]]) -> None:
-    budget, held = KvBudget(SLOTS), dict[bytes, int]()
-    for number, slots, takes in calls:
-        session = bytes([number]) * 16
-        refusal = None
-        if session in held:
-            refusal = ErrorCode.OUT_OF_ORDER
-        elif slots > SLOTS - sum(held.values()):
-            refusal = ErrorCode.BUSY if slots <= SLOTS else ErrorCode.TOO_LONG
-        if takes and refusal:
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 120), st.booleans()), max_size=40))
+def test_promises_are_what_a_queue_and_a_sum_would_give(
+    calls: list[tuple[int, int, bool]],
+) -> None:
+    admission = Admission(BUDGET, OVERCOMMIT)
+    queue: list[tuple[bytes, int]] = []  # everybody, in order of asking
+    inside: set[bytes] = set()
+
+    def begin() -> list[bytes]:
+        begun: list[bytes] = []
+        for name, size in queue:
+            if name in inside:
+                continue
+            if sum(s for n, s in queue if n in inside) + size > BUDGET * OVERCOMMIT:
+                break
+            inside.add(name)
+            begun.append(name)
+        return begun
+
+    for number, size, asks in calls:
+        name = bytes([number]) * 16
+        known = any(name == other for other, _ in queue)
+        if asks and (known or size > BUDGET):
             with pytest.raises(RemoteProtocolError) as caught:
-                budget.reserve(session, slots)
-            assert caught.value.code is refusal
-        elif takes:
-            budget.reserve(session, slots)
-            held[session] = slots
-        elif session in held:
-            budget.release(session)
-            del held[session]
+                admission.ask(name, size)
+            assert caught.value.code is (ErrorCode.OUT_OF_ORDER if known else ErrorCode.TOO_LONG)
+        elif asks:
+            queue.append((name, size))
+            assert admission.ask(name, size) == (begin() == [name])
+        elif known:
+            queue = [entry for entry in queue if entry[0] != name]
+            inside.discard(name)
+            assert admission.leave(name) == begin()
         else:
             with pytest.raises(LocalProtocolError):
-                budget.release(session)
-        assert budget.free == SLOTS - sum(held.values())
-        budget.check_integrity()
-    for session in held:
-        budget.release(session)
-    assert budget.free == SLOTS
+                admission.leave(name)
+        admission.check_integrity()
+        assert len(admission) == len(queue)
+        assert admission.promised == sum(size for name, size in queue if name in inside)
 
 
-def test_who_is_turned_away_learns_when_to_come_again() -> None:
-    budget = KvBudget(SLOTS)
-    budget.reserve(b"a" * 16, 60)
-    with pytest.raises(RemoteProtocolError, match="40 of 100") as caught:
-        budget.reserve(b"b" * 16, 41)
-    assert caught.value.retry_after == 1.0
+def test_small_ones_do_not_overtake_a_large_one_for_ever() -> None:
+    admission = Admission(BUDGET, 1.0)
+    assert admission.ask(b"first", 60)
+    assert not admission.ask(b"large", 90)
+    assert not admission.ask(b"small", 10)
+    assert admission.free == 0
+    assert admission.leave(b"first") == [b"large", b"small"]
+
+
+def test_who_gives_up_waiting_makes_room_for_the_next() -> None:
+    admission = Admission(BUDGET, 1.0)
+    assert admission.ask(b"first", 60)
+    assert not admission.ask(b"large", 90)
+    assert not admission.ask(b"small", 10)
+    assert admission.leave(b"large") == [b"small"]

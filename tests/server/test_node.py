@@ -163,7 +163,7 @@ def test_more_than_memory_holds_is_refused(
 ) -> None:
     monkeypatch.setattr("swarm.server.throughput.free_bytes", lambda device: 50_000)
     play(refused(replace(config, blocks=BlockRange(0, 4)), "4 blocks need .* serve fewer with"))
-    play(refused(config, "one block needs .*, or lower --kv-tokens"))
+    play(refused(config, "one block needs .*, or lower --kv-memory"))
 
 
 def test_clients_take_a_server_with_a_new_certificate_at_once(

@@ -38,9 +38,9 @@ OPENINGS: dict[str, tuple[dict[str, Any], ErrorCode]] = {
     "blocks elsewhere": ({"start": 2, "end": 4}, ErrorCode.BAD_SPAN),
     "no blocks": ({"start": 1, "end": 1}, ErrorCode.BAD_SPAN),
     "blocks backwards": ({"start": 2, "end": 1}, ErrorCode.BAD_SPAN),
-    "never fits": ({"batch_size": 10, "max_length": 101}, ErrorCode.TOO_LONG),
+    "never fits": ({"batch_size": 9, "max_length": 65}, ErrorCode.TOO_LONG),
     "largest of all": ({"batch_size": 1024, "max_length": 1 << 20}, ErrorCode.TOO_LONG),
-    "does not fit now": ({"batch_size": 10, "max_length": 99}, ErrorCode.BUSY),
+    "does not fit now": ({"batch_size": 8, "max_length": 99}, ErrorCode.BUSY),
 }
 
 

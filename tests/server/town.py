@@ -14,13 +14,22 @@ from swarm.messages import (
     Close,
     TensorFrame,
 )
+from swarm.models.pages import PAGE
 from swarm.models.spans import Span
 from swarm.wire import encode, pack
 from tests.inprocess import InProcessSwarm, span_of
 from tests.models.tiny import tiny_model
 from tests.server.stranger import Stranger, assert_same, expected_of, hidden_of
 
-LIMITS = ServerLimits(kv_tokens=1000, max_sessions=6, max_step_tokens=40, send_timeout=5.0)
+PAGES = 16
+LIMITS = ServerLimits(
+    kv_bytes=PAGES * PAGE * 2 * 2 * 24 * 4,  # blocks, keys and values, heads x head_dim, float32
+    kv_overcommit=1.0,
+    kv_wait=0.1,
+    max_sessions=6,
+    max_step_tokens=40,
+    send_timeout=5.0,
+)
 TIMEOUT = 60.0
 
 
