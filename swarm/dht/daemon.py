@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import os
 import secrets
@@ -15,12 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from swarm.errors import SwarmError
+from swarm.errors import SwarmError, UsageError
 from swarm.identity import Identity
 from swarm.loop import in_thread
 
 logger = logging.getLogger(__name__)
 
+CLIENT = "-dhtClient=1"  # stores nothing for others
 _START_SECONDS = 15.0
 _STALE_SECONDS = 60.0
 
@@ -97,6 +99,18 @@ class Daemon:
     def _last_line(self) -> str:
         lines = self._said.decode(errors="replace").split("\n")
         return next((line.strip()[:300] for line in reversed(lines) if line), "it says nothing")
+
+
+def daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:
+    """p2pd's. Relays and NAT tricks stay off: who cannot be dialled cannot serve gRPC either."""
+    arguments = ["-relay=0", "-autonat=0", "-natPortMap=0", "-connManager=1", "-tls=1"]
+    if client_mode:
+        return [*arguments, CLIENT, "-noListenAddrs=1"]
+    try:
+        family = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError as error:
+        raise UsageError(f"host '{host}' is not an IP address, such as 0.0.0.0") from error
+    return [*arguments, "-dhtServer=1", f"-hostAddrs=/{family}/{host}/tcp/{port}"]
 
 
 def _spawn(binary: Path, control: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:

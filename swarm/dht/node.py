@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import math
 import secrets
@@ -13,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import hivemind.hivemind_cli as hivemind_cli  # and nothing `from hivemind`: see __init__.py
 from google.protobuf.message import DecodeError
@@ -27,7 +26,7 @@ from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
-from swarm.dht.daemon import Daemon, DaemonFailed
+from swarm.dht.daemon import CLIENT, Daemon, DaemonFailed, daemon_arguments
 from swarm.dht.validation import Entry, check_entry
 from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
 from swarm.identity import Identity, SwarmKey
@@ -37,12 +36,14 @@ logger = logging.getLogger(__name__)
 _REPLICAS = 5
 _RPC_SECONDS = 3.0  # for one answer of one peer
 _CONNECT_SECONDS = 5.0
+_GREETING_SECONDS = 8.0  # for the first answer of an initial peer, which may be busy
 _STRAGGLER_SECONDS = 0.5  # for more initial peers, once one has answered
 _OPERATION_SECONDS = 15.0  # for a whole store or look-up
 _REJOIN_SECONDS = 15.0  # between searches for lost initial peers
 _CLOCKS = 7  # how many peers are asked for the time
-_CLIENT = "-dhtClient=1"
 _FAILURES = (P2PDaemonError, P2PHandlerError, DecodeError, OSError, EOFError)
+
+_Answer = Literal["welcome", "refused", "silent", "unreached"]
 
 messages: Any = dht_pb2  # generated, and without types
 
@@ -71,7 +72,7 @@ class DhtNode:
         Raises UsageError, in one sentence, if that cannot be.
         """
         peers = [peer for peer in map(_Peer, initial_peers) if peer.name != identity.peer_id]
-        node = cls(identity, peers, key, _daemon_arguments(host, port, client_mode))
+        node = cls(identity, peers, key, daemon_arguments(host, port, client_mode))
         try:
             await node._start()
             if peers:
@@ -153,7 +154,7 @@ class DhtNode:
             cache_on_store=False,
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
-            client_mode=_CLIENT in self._arguments,
+            client_mode=CLIENT in self._arguments,
             record_validator=(validator := _Validator(self)),
             authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
         )
@@ -189,32 +190,34 @@ class DhtNode:
     async def _join(self) -> None:
         addresses = ", ".join(peer.text for peer in self._peers)
         answers = await self._greet_all(self._peers)
-        if answers == {None}:
+        if "welcome" not in answers:
+            if "refused" in answers:
+                raise UsageError(f"the peers at {addresses} do not let us in: check the swarm key")
+            if "silent" in answers:
+                raise UsageError(f"the peers at {addresses} do not answer: try again in a minute")
             raise UsageError(
                 f"no peers reachable at {addresses}: check the addresses, and that they are up"
             )
-        if True not in answers:
-            raise UsageError(f"the peers at {addresses} do not let us in: check the swarm key")
         async with self._working("join the DHT") as dht:
             await dht.find_nearest_nodes([dht.node_id])
             neighbours = list(dht.protocol.routing_table.uid_to_peer_id.values())[:_CLOCKS]
             clocks = await asyncio.gather(*(self._ping(peer) for peer in neighbours))
-        offsets = [offset for offset in clocks if offset is not None]
+        offsets = [offset for offset in clocks if not isinstance(offset, str)]
         if len(offsets) != 1:  # of two who disagree the other is right; among more we have a vote
             offsets.append(0.0)
         self.clock_offset = statistics.median(offsets)
         if abs(self.clock_offset) > 60:
             logger.warning("this machine's clock is %.0f s behind others'", self.clock_offset)
 
-    async def _greet_all(self, peers: Sequence[_Peer]) -> set[bool | None]:
+    async def _greet_all(self, peers: Sequence[_Peer]) -> set[_Answer]:
         """Connect to all at once; what `_greet` says of those who were quick enough."""
         greetings = [asyncio.create_task(self._greet(peer)) for peer in peers]
-        answers, clock = set[bool | None](), asyncio.get_running_loop().time
+        answers, clock = set[_Answer](), asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(None) as patience:
                 for greeting in asyncio.as_completed(greetings):
                     answers.add(await greeting)
-                    if True in answers:
+                    if "welcome" in answers:
                         patience.reschedule(clock() + _STRAGGLER_SECONDS)
         except TimeoutError:
             pass
@@ -223,33 +226,35 @@ class DhtNode:
                 straggler.cancel()
         return answers
 
-    async def _greet(self, peer: _Peer) -> bool | None:
-        """None: not reached. False: reached, but it does not talk to us."""
+    async def _greet(self, peer: _Peer) -> _Answer:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await self._control.connect(peer.id, [peer.address])
         except _FAILURES as error:
             logger.info("no peer at %s: %s", peer.text, error or "timeout")
-            return None
-        return await self._ping(peer.id) is not None
+            return "unreached"
+        answer = await self._ping(peer.id, _GREETING_SECONDS)
+        return answer if isinstance(answer, str) else "welcome"
 
-    async def _ping(self, peer: PeerID) -> float | None:
-        """Know and be known by a peer. How far its clock is ahead; None if it does not answer."""
+    async def _ping(
+        self, peer: PeerID, seconds: float = _RPC_SECONDS
+    ) -> float | Literal["refused", "silent"]:
+        """Know and be known by a peer. How far its clock is ahead, if it answers."""
         if (dht := self._running()) is None:
-            return None
+            return "silent"
         protocol, asked = dht.protocol, time.time()
         request = messages.PingRequest(peer=protocol.node_info, validate=False)
         try:
-            answer = await protocol.get_stub(peer).rpc_ping(request, timeout=_RPC_SECONDS)
+            answer = await protocol.get_stub(peer).rpc_ping(request, timeout=seconds)
         except P2PHandlerError:  # it failed over our question: so hivemind's servers refuse
             logger.info("peer %s does not let us in: its swarm has another key", peer)
-            return None
+            return "refused"
         except _FAILURES as error:
             logger.info("peer %s does not answer: %s", peer, error or "timeout")
-            return None
+            return "silent"
         if answer is None or len(answer.peer.node_id) != DHTID.HASH_NBYTES:
             logger.info("peer %s does not hold our swarm key, or is a client", peer)
-            return None
+            return "refused"
         await protocol.update_routing_table(DHTID.from_bytes(answer.peer.node_id), peer)
         offset = answer.dht_time - (asked + time.time()) / 2
         return offset if math.isfinite(offset) else 0.0
@@ -385,15 +390,3 @@ def _fail(calls: Iterable[asyncio.Future[Any]]) -> None:
     for call in calls:
         if not call.done():
             call.set_exception(P2PDaemonError("the daemon has ended"))
-
-
-def _daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:
-    """p2pd's. Relays and NAT tricks stay off: who cannot be dialled cannot serve gRPC either."""
-    arguments = ["-relay=0", "-autonat=0", "-natPortMap=0", "-connManager=1", "-tls=1"]
-    if client_mode:
-        return [*arguments, _CLIENT, "-noListenAddrs=1"]
-    try:
-        family = f"ip{ipaddress.ip_address(host).version}"
-    except ValueError as error:
-        raise UsageError(f"host '{host}' is not an IP address, such as 0.0.0.0") from error
-    return [*arguments, "-dhtServer=1", f"-hostAddrs=/{family}/{host}/tcp/{port}"]

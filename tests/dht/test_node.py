@@ -175,6 +175,15 @@ def test_a_peer_with_another_identity_is_not_the_one_we_meant(swarm: Swarm) -> N
         swarm.add(initial_peers=[wrong])
 
 
+def test_a_silent_peer_is_not_said_to_refuse_us(
+    swarm: Swarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm.add()
+    monkeypatch.setattr(node_module, "_GREETING_SECONDS", 0.0)
+    with pytest.raises(UsageError, match="do not answer: try again"):
+        swarm.add()
+
+
 def test_a_port_in_use_is_told_in_one_sentence(swarm: Swarm) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
