@@ -180,8 +180,8 @@ class RemoteSession:
     async def _finish(self, pending: Pending) -> None:
         """Flow if all is well, else repair; give up only when blocks stay missing."""
         clock, patience = asyncio.get_running_loop().time, self._config.timeouts.recovery
-        give_up = clock() + patience
-        for _ in range(_ATTEMPTS + len(self.hops)):  # each may have to say that it cannot rewind
+        disasters, give_up = 0, clock() + patience
+        while disasters < _ATTEMPTS + len(self.hops):  # each may have to say: it cannot rewind
             whole = self._trouble is None
             try:
                 if not whole:
@@ -198,7 +198,7 @@ class RemoteSession:
                 if isinstance(error, Silent):
                     self._suspect(error)
                 if whole:  # another disaster, to be mended in a time of its own
-                    give_up = clock() + patience
+                    disasters, give_up = disasters + 1, clock() + patience
                 elif clock() > give_up:
                     raise NoRoute(f"gave up after {patience:g} s: {error}") from None
         raise PeerUnavailable(f"gave up after too many recoveries: {self._trouble}")
@@ -390,7 +390,7 @@ class RemoteSession:
             pause = self._config.timeouts.refresh  # but the first look is taken at once
             await self._router.refresh()
         self._check_open()
-        starts = {hop.blocks.start for hop in self.hops}
+        starts = (hop.blocks.start for hop in self.hops)
         self._histories = {start: self._histories.get(start, History()) for start in starts}
         # What a server had not begun when the epoch began, it has dropped.
         for number, sent in list(self._sent.items()):

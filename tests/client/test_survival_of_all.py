@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from swarm.client import session
 from swarm.errors import NoRoute
 from swarm.fakes import Fate
 from swarm.messages import Message, Output, Step
@@ -178,6 +179,20 @@ def test_a_frozen_server_counts_as_dead_after_the_deadline(house: House) -> None
         assert frozen.peer_id not in {hop.peer_id for hop in twin.session.hops}
         house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
         twin.step()
+
+
+def test_records_of_the_dead_cost_time_but_no_patience(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with house.twin() as twin:
+        twin.step(6)
+        monkeypatch.setattr(session, "_ATTEMPTS", -1)  # so that two disasters are too many
+        dead = [house.servers[1], house.servers[4], house.add(2, 4), house.add(2, 4)]
+        house.add(2, 4)
+        for server in dead:
+            house.swarm.cut(server)
+        twin.step()
+        assert len(house.swarm.router.failures) == len(dead)
 
 
 def test_without_a_replacement_the_missing_blocks_are_named_in_time() -> None:
