@@ -17,6 +17,7 @@ class ServerLimits:
     max_sessions: int = 512
     max_step_tokens: int = 2048  # rows x positions in one step
     window: int = 8  # unanswered steps per session
+    waiting_bytes: int = 1 << 28  # of steps that wait or are answered, over all sessions
     pass_tokens: int = 512  # rows x positions in one pass of the device
     open_timeout: float = 10.0  # seconds in which a stream must say what it wants
     idle_timeout: float = 1800.0  # seconds without a step before a session is closed

@@ -226,6 +226,13 @@ class _FakeStream:
                 self._line.snap("a send was cancelled")
                 raise
 
+    def send_nowait(self, frame: bytes) -> bool:
+        watched = self._network.before_frame is not deliver
+        if watched or self._turn.locked() or not self._has_room():
+            return False
+        self._put(frame)
+        return True
+
     async def _send(self, frame: bytes) -> None:
         await asyncio.sleep(0)  # a real network lets others run
         await self._wait_to_send()
@@ -233,6 +240,9 @@ class _FakeStream:
         if fate is Fate.BREAK:
             self._line.snap("the connection was lost")
         await self._wait_to_send()
+        self._put(frame)
+
+    def _put(self, frame: bytes) -> None:
         self._outgoing.frames.append(frame)
         self._network.frames[self._me, self._peer, self._method] += 1
         _beat(self._line.pulse)
@@ -261,13 +271,17 @@ class _FakeStream:
         self._line.snap("the stream is closed")
 
     async def _wait_to_send(self) -> None:
-        while True:
-            if self._outgoing.ended or self._line.over or self._line.broken is not None:
+        while not self._has_room():
+            if self._is_over():
                 raise self._gone()
-            full = len(self._outgoing.frames) >= self._network.buffer_frames
-            if not full and not self._network.is_frozen(self._me):
-                return
             await self._line.pulse.wait()
+
+    def _is_over(self) -> bool:
+        return self._outgoing.ended or self._line.over or self._line.broken is not None
+
+    def _has_room(self) -> bool:
+        full = len(self._outgoing.frames) >= self._network.buffer_frames
+        return not (full or self._is_over() or self._network.is_frozen(self._me))
 
     def _gone(self) -> PeerUnavailable:
         return PeerUnavailable(f"{self._peer}: {self._line.broken or 'the stream is closed'}")

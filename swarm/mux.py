@@ -94,6 +94,13 @@ class Channel:
         if self._link.is_full:
             await self._link.room()
 
+    def send_nowait(self, frame: bytes) -> bool:
+        lost = self._we_ended or self._error is not None or self._link.error is not None
+        if lost or self._link.is_full or len(frame) > MAX_FRAME_BYTES:
+            return False
+        self.post(Kind.DATA, frame)
+        return True
+
     async def receive(self) -> bytes | None:
         while not self._frames:
             if self._error is not None:

@@ -34,6 +34,10 @@ class Stream(Protocol):
         """
         ...
 
+    def send_nowait(self, frame: bytes) -> bool:
+        """Whether there was room to take it at once; else `send` waits, or says what is wrong."""
+        ...
+
     async def receive(self) -> bytes | None:
         """The next frame; None when the peer has ended politely.
 

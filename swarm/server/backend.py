@@ -27,6 +27,7 @@ class Work:
     crop_to: int | None = None
     reorder: Sequence[int] | None = None
     priority: int = 5
+    deadline: float = 60.0  # seconds that it may wait for the device and be computed
     outputs: list[torch.Tensor] = field(default_factory=list)
     compute_ms: float = 0.0
 

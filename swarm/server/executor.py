@@ -35,7 +35,8 @@ class Executor:
 
     def __init__(self, backend: Backend, pass_tokens: int, page_timeout: float = 5.0) -> None:
         self.backend = backend
-        self.step_ms: deque[float] = deque(maxlen=32)
+        self._step_ms: deque[float] = deque(maxlen=32)
+        self._median_step_ms: float | None = 0.0  # None: not known yet
         self._scheduler = Scheduler(pass_tokens)
         self._page_timeout = page_timeout
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -71,7 +72,10 @@ class Executor:
 
     @property
     def median_step_ms(self) -> float:
-        return median(self.step_ms) if self.step_ms else 0.0
+        """Of the last passes."""
+        if self._median_step_ms is None:
+            self._median_step_ms = median(self._step_ms)
+        return self._median_step_ms
 
     @property
     def counters(self) -> dict[str, int]:
@@ -99,21 +103,29 @@ class Executor:
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.
 
-        Raises RemoteProtocolError: CANNOT_REWIND, BUSY, INTERNAL, DRAINING.
+        Raises RemoteProtocolError: CANNOT_REWIND, BUSY, INTERNAL, DRAINING, DEADLINE.
         """
         if self._stopping:
             raise _leaving()
         assert self._loop is not None
         future: asyncio.Future[Work] = self._loop.create_future()
         self._futures[work.key] = future
+        timer = self._loop.call_later(work.deadline, self._expire, future, work.deadline)
         self._inbox.put(lambda: self._add(work))
         try:
             return await future
-        except asyncio.CancelledError:
+        except BaseException:
             self._inbox.put(lambda: self._drop(work.key))
             raise
         finally:
+            timer.cancel()
             del self._futures[work.key]
+
+    @staticmethod
+    def _expire(future: asyncio.Future[Work], deadline: float) -> None:
+        if not future.done():
+            why = f"the step was not ready within {deadline:g} s"
+            future.set_exception(RemoteProtocolError(ErrorCode.DEADLINE, why))
 
     # From here on: the device thread --------------------------------------------------------
 
@@ -224,7 +236,8 @@ class Executor:
     # On the event loop again -----------------------------------------------------------------
 
     def _finish(self, finished: list[Finished], elapsed_ms: float) -> None:
-        self.step_ms.append(elapsed_ms)
+        self._step_ms.append(elapsed_ms)
+        self._median_step_ms = None
         for work, failure in finished:
             future = self._futures.get(work.key)
             if future is None or future.done():

@@ -33,9 +33,10 @@ from swarm.messages import (
 from swarm.models.spans import Span, SpanCache
 from swarm.protocol import PUSH, SESSION, Conversation, Ledger, agree_on_version
 from swarm.server.executor import Executor
+from swarm.server.holdings import Holdings
 from swarm.server.memory import Admission
 from swarm.server.pusher import Pusher, Resolve
-from swarm.server.session import Counters, Session
+from swarm.server.session import Counters, Guest, House, Session
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Stream, Transport
 from swarm.types import BlockRange, ModelId, Numerics
@@ -76,7 +77,7 @@ class Handler:
         self._admission = Admission(span.store.budget, limits.kv_overcommit)
         self._turns: dict[bytes, asyncio.Event] = {}  # of openings that wait
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
-        self.counters = Counters()
+        self._house = House(executor, limits, Holdings(limits.waiting_bytes), self.load)
         self.draining = False
 
     def load(self) -> Load:
@@ -91,6 +92,10 @@ class Handler:
         store = self._span.store
         free = min(self._admission.free, store.budget - store.used) // store.token_bytes
         return max(0, min(free, (1 << 31)))
+
+    @property
+    def counters(self) -> Counters:
+        return self._house.counters
 
     @property
     def sessions(self) -> int:
@@ -166,14 +171,9 @@ class Handler:
             self.counters.refusals += 1
             logger.warning("refused a question: %s", str(error))
             return encode(_refusal(error))
-        backend = self._executor.backend
-        counters = asdict(self.counters) | {
-            "passes": backend.passes,
-            "shared_passes": backend.shared_passes,
-            "device_steps": backend.steps,
-            "open_sessions": len(self._sessions),
-            "kv_bytes": self._span.store.taken,
-        }
+        counters = asdict(self.counters) | self._executor.counters
+        counters["open_sessions"] = len(self._sessions)
+        counters["kv_bytes"] = self._span.store.taken
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
 
     @asynccontextmanager
@@ -250,18 +250,8 @@ class Handler:
             window=limits.window,
             timeout=limits.send_timeout,
         )
-        session = Session(
-            client,
-            ledger,
-            cache,
-            self._executor,
-            pusher,
-            limits,
-            self.counters,
-            opening.codec,
-        )
-        session.load = self.load
-        return session
+        guest = Guest(client, opening.priority, opening.codec)
+        return Session(guest, ledger, cache, pusher, self._house)
 
     def _cache(self, opening: Open) -> SpanCache:
         try:

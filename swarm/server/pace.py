@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SHARE = 0.5  # bulk work may lengthen a pass by so many usual decode passes
 ACTIVE = 1.0  # seconds for which a decode stream counts as active after its last step
@@ -23,8 +23,7 @@ _REST = 4  # windows between two trials, doubled after every one that failed...
 _MAX_REST = 128  # ...up to this
 
 
-@dataclass(frozen=True, slots=True)
-class Pass:
+class Pass(NamedTuple):
     """What one pass held and when it ran: rows that decode by session, and bulk tokens."""
 
     decode: Mapping[int, int]

@@ -17,6 +17,7 @@ Report = Callable[[int, int, str], Awaitable[None]]
 """Tell the client: epoch, step, why."""
 
 
+_SMALL = 1 << 16  # bytes
 _DIAL_SECONDS = 10.0  # at most, so that clients learn of it before they lose their patience
 
 
@@ -37,6 +38,7 @@ class Pusher:
         self._target = target
         self._timeout = timeout
         self._queue: asyncio.Queue[tuple[PushTarget, Step]] = asyncio.Queue(window + 8)
+        self._ready: tuple[PushTarget, Stream] | None = None  # nothing waits for this stream
         self._last = (0, 0)  # epoch and step of the last push
 
     def redirect(self, target: PushTarget | None) -> None:
@@ -47,8 +49,18 @@ class Pusher:
         target = self._target
         if target is None:
             return False
-        await self._queue.put((target, step))  # room comes: every send has its deadline
+        if not self._send_nowait(target, step):
+            await self._queue.put((target, step))  # room comes: every send has its deadline
         return True
+
+    def _send_nowait(self, target: PushTarget, step: Step) -> bool:
+        """A small step (a large one had better wait in turn) if nothing is in its way."""
+        at, stream = self._ready or (None, None)
+        small = len(step.hidden.data) <= _SMALL
+        if stream is None or at is not target or not small or not self._queue.empty():
+            return False
+        self._last = (step.epoch, step.step)
+        return stream.send_nowait(encode(step))
 
     async def run(self, report: Report) -> None:
         """Sends what is handed over. A failure is reported once; after it nothing is pushed
@@ -82,12 +94,15 @@ class Pusher:
                 while following is target:
                     self._last = (step.epoch, step.step)
                     await self._send(stream, step)
+                    self._ready = target, stream
                     following, step = await self._queue.get()
+                    self._ready = None
                 listening.cancel()
                 return following, step
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         finally:
+            self._ready = None
             stream.cancel()
 
     async def _send(self, stream: Stream, message: Attach | Step) -> None:

@@ -1,6 +1,6 @@
 """One session on a server: steps come in, from the client or pushed; outputs go onwards and back.
 
-Four tasks with one parent: read the client's stream, compute in order, push, and answer. Every
+Tasks with one parent: read the client's stream, compute in order, push, and answer. Every
 queue is bounded, so a peer that does not read slows its own session down and nobody else's.
 Errors go through the queue of answers, too: a client must be able to read what came before them.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
@@ -29,6 +29,7 @@ from swarm.models.spans import SpanCache
 from swarm.protocol import Conversation, Ledger, Verdict
 from swarm.server.backend import Work
 from swarm.server.executor import Executor
+from swarm.server.holdings import Holdings
 from swarm.server.pusher import Pusher, first_error
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
 from swarm.transport import Stream
@@ -48,41 +49,53 @@ class Counters:
     refusals: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """Whose session it is, and what they asked for."""
+
+    client: str
+    priority: int
+    codec: Codec
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """What all sessions of a server share."""
+
+    executor: Executor
+    limits: ServerLimits
+    holdings: Holdings
+    load: Callable[[], Load]
+    counters: Counters = field(default_factory=Counters)
+
+
 class Session:
     """Owned by its stream: when that ends, for whatever reason, the session is gone."""
 
     def __init__(
-        self,
-        client: str,
-        ledger: Ledger,
-        cache: SpanCache,
-        executor: Executor,
-        pusher: Pusher,
-        limits: ServerLimits,
-        counters: Counters,
-        codec: Codec = "none",
+        self, guest: Guest, ledger: Ledger, cache: SpanCache, pusher: Pusher, house: House
     ) -> None:
-        self._codec: Codec = codec
-        self._client = client
+        self._guest = guest
         self._ledger = ledger
         self._cache = cache
-        self._executor = executor
         self._pusher = pusher
-        self._limits = limits
-        self._counters = counters
+        self._house = house
+        self._limits = limits = house.limits
+        self._counters = house.counters
         self._inbox: asyncio.Queue[Step] = asyncio.Queue(2 * limits.window)
-        self._outbox: asyncio.Queue[Message | RemoteProtocolError] = asyncio.Queue(
+        self._outbox: asyncio.Queue[tuple[Message | RemoteProtocolError, int]] = asyncio.Queue(
             limits.window + 8
         )
-        self._kept: tuple[Step, Output] | None = None
+        self._stream: Stream | None = None  # while nothing waits to be answered by it
+        self._held = 0  # bytes, of `house.holdings`
+        self._kept: tuple[Step, float] | None = None  # as it was pushed, and its compute_ms
         self._pusher_here: Stream | None = None  # by which the hop before pushes
         self._clock = asyncio.get_running_loop().time
         self._last_sign = self._clock()  # of life
-        self.load: Callable[[], Load] = Load
 
     async def serve(self, stream: Stream, conversation: Conversation, opened: Opened) -> None:
         """Until the client closes. Raises RemoteProtocolError, PeerUnavailable."""
-        self._outbox.put_nowait(opened)
+        self._outbox.put_nowait((opened, 0))
         try:
             async with asyncio.TaskGroup() as tasks:
                 answering = tasks.create_task(self._answer(stream))
@@ -90,6 +103,7 @@ class Session:
                     answering,
                     tasks.create_task(self._compute()),
                     tasks.create_task(self._pusher.run(self._push_failed)),
+                    tasks.create_task(self._watch()),
                 ]
                 try:
                     await self._read(stream, conversation)
@@ -101,6 +115,7 @@ class Session:
         except BaseExceptionGroup as group:
             raise first_error(group) from None
         finally:
+            self._hold(-self._held)
             if self._pusher_here is not None:
                 self._pusher_here.cancel()
 
@@ -114,16 +129,31 @@ class Session:
         """A step from the hop before, whose right was checked. Raises RemoteProtocolError BUSY."""
         self._counters.steps_from_servers += 1
         self._last_sign = self._clock()
+        await self._accept(step)
+
+    async def _accept(self, step: Step) -> None:
+        """Puts it behind the others. Raises RemoteProtocolError BUSY."""
+        size = len(step.hidden.data)
+        self._house.holdings.take(self._guest.client, size)
+        self._held += size
+        if not self._inbox.full():
+            return self._inbox.put_nowait(step)
         try:
             async with asyncio.timeout(self._limits.send_timeout):
-                await self._inbox.put(step)
+                return await self._inbox.put(step)
         except TimeoutError:
             raise RemoteProtocolError(
-                ErrorCode.BUSY, "this session does not keep up with what is pushed"
+                ErrorCode.BUSY, "this session does not keep up with what is sent"
             ) from None
 
+    def _hold(self, count: int) -> None:
+        """Account for bytes that come to be (or, below 0, go) with steps that were admitted."""
+        self._held += count
+        self._house.holdings.give(self._guest.client, -count)
+
     async def _read(self, stream: Stream, conversation: Conversation) -> None:
-        while (frame := await self._next(stream)) is not None:
+        while (frame := await stream.receive()) is not None:
+            self._last_sign = self._clock()
             match conversation.receive(decode(frame)):
                 case Close():
                     return
@@ -135,26 +165,19 @@ class Session:
                     await self._send(Synced(epoch=epoch, position=position, last_step=last_step))
                 case Step() as step:
                     self._counters.steps_from_clients += 1
-                    await self._inbox.put(step)
+                    await self._accept(step)
                 case Redirect(next=target):
                     self._pusher.redirect(target)
                 case _:  # the table lets nothing else through
                     raise AssertionError
 
-    async def _next(self, stream: Stream) -> bytes | None:
+    async def _watch(self) -> None:
+        """Gives the session up when nothing has come for too long."""
         patience = self._limits.idle_timeout
-        while True:
-            try:
-                async with asyncio.timeout_at(self._last_sign + patience):
-                    frame = await stream.receive()
-            except TimeoutError:
-                if self._clock() < self._last_sign + patience:
-                    continue  # something was pushed meanwhile
-                raise RemoteProtocolError(
-                    ErrorCode.DEADLINE, f"nothing came for {patience:g} s"
-                ) from None
-            self._last_sign = self._clock()
-            return frame
+        while (left := self._last_sign + patience - self._clock()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)
+        why = f"nothing came for {patience:g} s"
+        await self._send(RemoteProtocolError(ErrorCode.DEADLINE, why))
 
     async def _compute(self) -> None:
         try:
@@ -164,58 +187,63 @@ class Session:
             await self._send(error)
 
     async def _step(self, step: Step) -> None:
+        size = len(step.hidden.data)  # what it holds until it is answered
         verdict = self._ledger.admit(step)
         if verdict is Verdict.STALE:
-            return
+            return self._hold(-size)
         if verdict is Verdict.COMPUTE:
             await self._apply(step)
         assert self._kept is not None
-        computed, output = self._kept
+        computed, compute_ms = self._kept
+        if computed.epoch != step.epoch:
+            computed = computed.model_copy(update={"epoch": step.epoch})
         # What a newer epoch has overtaken is the client's business, and its next hop another one's.
         current = step.push and step.epoch == self._ledger.epoch
-        pushed = current and await self._pusher.push(
-            computed.model_copy(update={"hidden": output.hidden, "epoch": step.epoch})
-        )
+        pushed = current and await self._pusher.push(computed)
         self._counters.pushes += pushed
-        changes: dict[str, object] = {"pushed": pushed, "epoch": step.epoch}
-        if step.quiet:
-            empty = to_frame(from_frame(output.hidden)[:, :0])
-            changes["hidden"] = empty
-        await self._send(output.model_copy(update=changes))
+        hidden = computed.hidden
+        output = Output(
+            epoch=step.epoch,
+            step=step.step,
+            start=step.start,
+            hidden=to_frame(from_frame(hidden)[:, :0]) if step.quiet else hidden,
+            pushed=pushed,
+            compute_ms=compute_ms,
+            load=self._house.load(),
+        )
+        return await self._send(output, size)
 
     async def _apply(self, step: Step) -> None:
         work = Work(
-            key=self._executor.next_key(),
-            client=self._client,
+            key=self._house.executor.next_key(),
+            client=self._guest.client,
             cache=self._cache,
             hidden=from_frame(step.hidden),
             inputs=inputs_from_frames(step.inputs),
             crop_to=step.crop_to,
             reorder=step.reorder,
+            priority=self._guest.priority,
+            deadline=step.deadline_ms / 1000,
         )
         self._ledger.applied(step)  # or the session ends
-        try:
-            async with asyncio.timeout(step.deadline_ms / 1000):
-                work = await self._executor.submit(work)
-        except TimeoutError:
-            raise RemoteProtocolError(
-                ErrorCode.DEADLINE, f"the step was not ready within {step.deadline_ms} ms"
-            ) from None
-        result = work.result()
-        output = Output(
-            epoch=step.epoch,
-            step=step.step,
-            start=step.start,
-            hidden=to_frame(result, self._codec),
-            compute_ms=work.compute_ms,
-            load=self.load(),
-        )
-        self._kept = (step, output)
+        work = await self._house.executor.submit(work)
+        hidden = to_frame(work.result(), self._guest.codec)
+        replaced = len(self._kept[0].hidden.data) if self._kept is not None else 0
+        self._hold(len(hidden.data) - replaced)
+        self._kept = step.model_copy(update={"hidden": hidden}), work.compute_ms
 
-    async def _send(self, message: Message | RemoteProtocolError) -> None:
+    async def _send(self, message: Message | RemoteProtocolError, size: int = 0) -> None:
+        """Answer; `size` bytes are held until the answer has left."""
+        stream = self._stream
+        refused = isinstance(message, RemoteProtocolError)
+        if stream is not None and not refused and stream.send_nowait(encode(message)):
+            return self._hold(-size)
+        self._stream = None  # from now on in turn
+        if not self._outbox.full():
+            return self._outbox.put_nowait((message, size))
         try:
             async with asyncio.timeout(self._limits.send_timeout):
-                await self._outbox.put(message)
+                return await self._outbox.put((message, size))
         except TimeoutError:
             raise RemoteProtocolError(
                 ErrorCode.DEADLINE, "the client does not read its answers"
@@ -226,8 +254,11 @@ class Session:
         await self._send(PushFailed(epoch=epoch, step=step, message=why[:200]))
 
     async def _answer(self, stream: Stream) -> None:
+        """What could not be sent at once."""
         while True:
-            message = await self._outbox.get()
+            if self._outbox.empty():
+                self._stream = stream
+            message, size = await self._outbox.get()
             if isinstance(message, RemoteProtocolError):
                 raise message
             try:
@@ -235,3 +266,4 @@ class Session:
                     await stream.send(encode(message))
             except TimeoutError:
                 raise PeerUnavailable("the client does not read its answers") from None
+            self._hold(-size)

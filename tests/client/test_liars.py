@@ -39,6 +39,9 @@ class Tampered(Stream):
         for message in self.lie(decode(frame)):
             await self.stream.send(message if isinstance(message, bytes) else encode(message))
 
+    def send_nowait(self, frame: bytes) -> bool:
+        return False
+
     async def receive(self) -> bytes | None:
         frame = await self.stream.receive()
         return None if frame is None else encode(self.hears(decode(frame)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import threading
 import tracemalloc
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -28,7 +29,7 @@ from swarm.models.spans import SpanCache
 from swarm.server.session import Session
 from swarm.wire import decode, encode
 from tests.inprocess import identity
-from tests.server.stranger import Stranger, Talk, hidden_of
+from tests.server.stranger import Stranger, Talk, assert_same, expected_of, hidden_of
 from tests.server.town import FRAMES, LIMITS, PAGES, STEPS, Town, frame_of
 
 
@@ -214,17 +215,57 @@ def test_a_flood_of_steps_is_not_taken_in() -> None:
 def test_a_step_that_is_not_ready_in_time_is_given_up(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def never(work: Any) -> Any:
-        await asyncio.Event().wait()
+    gate, backend = threading.Event(), town.server.executor.backend
+    run = backend.run
+
+    def late(slices: Any, works: Any) -> Any:
+        assert gate.wait(30.0)
+        return run(slices, works)
 
     async def go() -> None:
         talk = await town.stranger.open(town.server)
         with monkeypatch.context() as patched:
-            patched.setattr(town.server.executor, "submit", never)
+            patched.setattr(backend, "run", late)
             await talk.send(talk.step(hidden_of(town.local, 1), deadline_ms=20))
             assert await talk.refusal() is ErrorCode.DEADLINE
+            gate.set()
 
     town.run(go())
+
+
+def test_bytes_that_wait_are_bounded_for_each_client_and_for_all() -> None:
+    """Many sessions of one client fill their half; another client is served all the while."""
+    with alone(waiting_bytes=1 << 16) as town:
+        gate, executor = asyncio.Event(), town.server.executor
+        submit = executor.submit
+
+        async def held(work: Any) -> Any:
+            if work.client == town.stranger.access.identity.peer_id:
+                await gate.wait()
+            return await submit(work)
+
+        executor.submit = held  # type: ignore[method-assign]
+        modest = Stranger(town.swarm, client=96)
+        holdings = town.server.handler._house.holdings
+
+        async def go() -> None:
+            text = hidden_of(town.local, 30)
+            talks = [await town.stranger.open(town.server) for _ in range(5)]
+            for talk in talks:
+                await talk.send(talk.step(text))
+            await talks[0].send(talks[0].step(text))  # six are more than half
+            assert await talks[0].refusal() is ErrorCode.BUSY
+            other = await modest.open(town.server)
+            assert_same(await other.ask(text), expected_of(town.local, text))
+            other.stream.cancel()
+            gate.set()
+            for talk in talks[1:]:
+                assert isinstance(await talk.receive(), Output)
+                talk.stream.cancel()
+
+        town.run(go())
+        town.swarm.assert_quiet()
+        assert holdings.left == 1 << 16
 
 
 def test_a_server_that_leaves_admits_nobody_and_says_so(town: Town) -> None:
