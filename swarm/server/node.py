@@ -24,23 +24,24 @@ from swarm.dht.announcer import Announcer
 from swarm.dht.directory import Directory, SwarmView, list_models
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerRecord, ServerState, open_record
-from swarm.errors import ErrorCode, InvalidRecord, PeerUnavailable, UsageError
+from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
 from swarm.identity import Access, Identity, SwarmKey
 from swarm.loop import in_thread
-from swarm.messages import PushTarget, Refused
+from swarm.messages import PushTarget
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import text_config
 from swarm.models.loading import load_span
-from swarm.models.spans import Span
+from swarm.models.selftest import prove_split
+from swarm.models.spans import Span, SplitProof
 from swarm.rpc import RpcServer, RpcTransport
 from swarm.server import placement, throughput
 from swarm.server.backend import Backend
+from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
 from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES
-from swarm.transport import Endpoint, Service, Stream
-from swarm.types import BlockRange, DType, ModelId, Numerics
-from swarm.wire import encode
+from swarm.transport import Endpoint, Service
+from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics
 
 logger = logging.getLogger(__name__)
 
@@ -131,9 +132,10 @@ class ServerNode:
         identity = Identity.load_or_create(config.identity) if config.identity else None
         access = Access(identity or Identity.ephemeral(), config.swarm_key)
         device = throughput.pick_device(config.device)
-        checkpoint: Checkpoint | None = None
+        checkpoint = studying = None
         if config.model is not None or not config.peers:
             checkpoint = await self._open(config.model)  # before others are bothered
+            studying = self._study(checkpoint, stack)
         self._host = config.announce_host or own_host(config.host, config.peers)
         self._dht = await DhtNode.create(
             access.identity,
@@ -145,7 +147,8 @@ class ServerNode:
         stack.push_async_callback(self._dht.close)
         self.peers = joinable_at(self._host, await self._dht.visible_addresses())
         checkpoint = checkpoint or await self._open_what_is_announced()
-        await self._choose(checkpoint, access, device)
+        self._proof, block_parameters = await (studying or self._study(checkpoint, stack))
+        await self._choose(checkpoint, access, device, block_parameters)
         await self._listen(stack)
         await self._introduce(stack)
         span = await in_thread(lambda: self._load(checkpoint, device))
@@ -167,6 +170,18 @@ class ServerNode:
             )
         return checkpoint
 
+    def _study(
+        self, checkpoint: Checkpoint, stack: AsyncExitStack
+    ) -> asyncio.Task[tuple[SplitProof, int]]:
+        """Whether it can be cut, and its `block_parameters`, while the DHT's daemon starts."""
+        config = checkpoint.config
+        work = in_thread(lambda: (prove_split(config), throughput.block_parameters(config)))
+        studying = asyncio.create_task(work)
+        # Another error may come first, after which nobody asks for this one.
+        studying.add_done_callback(lambda task: task.cancelled() or task.exception())
+        stack.callback(studying.cancel)
+        return studying
+
     async def _open_what_is_announced(self) -> Checkpoint:
         models = await list_models(self._dht)
         if not models:
@@ -186,7 +201,9 @@ class ServerNode:
             )
         return checkpoint
 
-    async def _choose(self, checkpoint: Checkpoint, access: Access, device: torch.device) -> None:
+    async def _choose(
+        self, checkpoint: Checkpoint, access: Access, device: torch.device, block_parameters: int
+    ) -> None:
         """Settle what is served: blocks and numerics, by what others do."""
         config, model = self._config, ModelId(checkpoint.name, checkpoint.fingerprint)
         self._num_blocks: int = text_config(checkpoint.config).num_hidden_layers
@@ -201,7 +218,7 @@ class ServerNode:
             certificate_digest=lambda: self._certificate.digest,
             record=self._signed_record,
         )
-        block_bytes = throughput.block_bytes(checkpoint.config, dtype)
+        block_bytes = block_parameters * DTYPE_BYTES[dtype]
         free_bytes = throughput.free_bytes(device)
         kv_bytes = config.limits.kv_bytes
         asked = len(config.blocks) if config.blocks else config.num_blocks
@@ -252,12 +269,10 @@ class ServerNode:
             self._tasks.append(asyncio.create_task(work))
 
     def _load(self, checkpoint: Checkpoint, device: torch.device) -> Span:
-        numerics = self._served.numerics
-        logger.info("loading blocks %s of %s as %s", self.blocks, checkpoint.name, numerics.dtype)
+        dtype = TORCH_DTYPES[self._served.numerics.dtype]
+        logger.info("loading blocks %s of %s as %s", self.blocks, checkpoint.name, dtype)
         try:
-            span = load_span(
-                checkpoint, self.blocks, dtype=TORCH_DTYPES[numerics.dtype], device=device
-            )
+            span = load_span(checkpoint, self.blocks, dtype=dtype, device=device, proof=self._proof)
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"blocks {self.blocks} do not fit into {device}: serve fewer with --num-blocks"
@@ -337,30 +352,6 @@ class ServerNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
-
-
-class Door:
-    """Answers on the port for the handler, as long as there is none yet."""
-
-    def __init__(self) -> None:
-        self.handler: Handler | None = None
-
-    async def session(self, stream: Stream) -> None:
-        await (self.handler.session(stream) if self.handler else self._not_yet(stream))
-
-    async def push(self, stream: Stream) -> None:
-        await (self.handler.push(stream) if self.handler else self._not_yet(stream))
-
-    async def info(self, request: bytes) -> bytes:
-        return await self.handler.info(request) if self.handler else encode(_LOADING)
-
-    async def _not_yet(self, stream: Stream) -> None:
-        with suppress(PeerUnavailable):
-            await stream.send(encode(_LOADING))
-            await stream.finish()
-
-
-_LOADING = Refused(code=ErrorCode.BUSY, message="this server is still loading", retry_after=5.0)
 
 
 def _pick_dtype(

@@ -61,13 +61,13 @@ def cache_budget(device: torch.device) -> int:
     return int(free_bytes(device) * share)
 
 
-def block_bytes(config: PreTrainedConfig, dtype: DType) -> int:
-    """Bytes of the largest block's weights. Raises UnsupportedModel."""
+def block_parameters(config: PreTrainedConfig) -> int:
+    """Numbers in the largest block's weights. Raises UnsupportedModel."""
     with torch.device("meta"):
         model = causal_class(config)(copy.deepcopy(config))
     stack, list_name = find_stack(model)
     blocks = cast(nn.ModuleList, getattr(stack, list_name))
-    return DTYPE_BYTES[dtype] * max(sum(p.numel() for p in block.parameters()) for block in blocks)
+    return max(sum(p.numel() for p in block.parameters()) for block in blocks)
 
 
 def cache_bytes(config: PreTrainedConfig, dtype: DType) -> int:

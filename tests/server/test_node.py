@@ -27,7 +27,8 @@ from swarm.identity import Identity
 from swarm.loop import run
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
-from swarm.server.node import Door, ServerConfig, ServerNode, _pick_dtype
+from swarm.server.door import Door
+from swarm.server.node import ServerConfig, ServerNode, _pick_dtype
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
 
