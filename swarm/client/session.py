@@ -230,7 +230,7 @@ class RemoteSession:
                     hop.position = begin
             self._sent[step.step] = Sent(step, set(self.hops), end)
             first.send(step)
-        await self._until(lambda: pending.answer.length >= pending.end)
+        await self._wait(self.hops[-1], pending.end)  # an answer of an older epoch is not enough
 
     async def _refill(self, pending: Pending) -> None:
         """Bring hop after hop to the end of the pending step, each from what it lacks."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ from swarm.errors import CannotRewind
 from swarm.fakes import Fate
 from swarm.messages import Message, Output, Step
 from swarm.models.cache import SpanCache
+from swarm.wire import decode
 from tests.client.twins import THIRDS, House
 from tests.inprocess import STEADY, Server
 
@@ -133,6 +136,43 @@ def test_pushes_that_vanish_are_relayed_after_a_while(house: House) -> None:
             twin.step()
         assert [h.peer_id for h in twin.session.hops] == route
         house.swarm.no_trap()
+
+
+def test_an_answer_to_what_was_asked_before_a_repair_does_not_end_the_step(house: House) -> None:
+    """All had computed it when a link broke, so it was asked for again. The servers' answers to
+    that are yet to come when the first answer does; until then nobody knows where they stand."""
+    network = house.swarm.network
+    with house.twin() as twin, ThreadPoolExecutor(1) as aside:
+        twin.step(5)
+        route, first, last = list(twin.session.hops), twin.serving(0), twin.serving(2)
+        begun, gate, submit = threading.Event(), asyncio.Event(), last.executor.submit
+
+        async def held(work: Any, *more: Any) -> Any:
+            begun.set()
+            await gate.wait()
+            return await submit(work, *more)
+
+        async def slow(source: str, destination: str, method: str, frame: bytes) -> Fate:
+            if source == first.peer_id and isinstance(decode(frame), Output):
+                await asyncio.sleep(0.2)
+            return Fate.DELIVER
+
+        last.executor.submit = held  # type: ignore[method-assign]
+        try:
+            stepping = aside.submit(twin.step, 3)
+            assert begun.wait(20)
+            asked = first.handler.counters.steps_from_clients
+            network.before_frame = slow
+            house.swarm.on_loop(network.block, route[1].peer_id, route[2].peer_id)
+            house.swarm.wait_until(lambda: first.handler.counters.steps_from_clients > asked)
+            house.swarm.on_loop(gate.set)
+            stepping.result(20)
+            twin.rollback(5)
+            twin.step(2)
+        finally:
+            last.executor.submit = submit  # type: ignore[method-assign]
+            house.swarm.on_loop(network.unblock, route[1].peer_id, route[2].peer_id)
+        assert twin.session.hops == route  # nobody had to refuse a step, and be replaced
 
 
 # More than one disaster --------------------------------------------------------------------------
