@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # servers inherit it; must be set before to
 
 from benchmarks import (
     batch,
+    codec,
     decode,
     families,
     first_light,
@@ -45,6 +48,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "memory": memory.measure,
     "families": families.measure,
     "links": links.measure,
+    "codec": codec.measure,
     "offload": offload.measure,
     "start": start.measure,
     "first_light": first_light.measure,
@@ -53,6 +57,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
 
 def main() -> None:
     arguments = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else models stay on the disk
     about, failed = machine(), list[str]()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     with tempfile.TemporaryDirectory(prefix="swarm-bench-") as folder:

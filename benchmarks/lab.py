@@ -21,6 +21,8 @@ from benchmarks.figures import NoFigure, Row, Target
 from benchmarks.models import THIRDS, make_model
 from swarm import AutoDistributedModelForCausalLM, LocalSwarm
 from swarm.client.network import SwarmNetwork
+from swarm.config import ClientConfig
+from swarm.types import Codec
 
 PROMPT_TOKENS = 16
 TIE = 1e-5  # between the reference's two best logits; closer ones may change places
@@ -148,9 +150,11 @@ class Lab:
         print(f"{time.strftime('%H:%M:%S')} {self.suite}: {text}", file=sys.stderr, flush=True)
 
 
-def connect(path: Path | None, swarm: LocalSwarm) -> Any:
+def connect(path: Path | None, swarm: LocalSwarm, codec: Codec = "none") -> Any:
     """A client's model; None is the bundled one."""
-    return AutoDistributedModelForCausalLM.from_pretrained(path, initial_peers=swarm.peers)
+    return AutoDistributedModelForCausalLM.from_pretrained(
+        path, initial_peers=swarm.peers, config=ClientConfig(codec=codec)
+    )
 
 
 def random_ids(model: Any, count: int, length: int, generator: torch.Generator) -> torch.Tensor:

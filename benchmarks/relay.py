@@ -56,7 +56,7 @@ class Relay:
 
     async def start(self, host: str, port: int) -> int:
         """Returns the port."""
-        self._server = await asyncio.start_server(self._serve, host, port)
+        self._server = await asyncio.start_server(self._accept, host, port)
         return self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -67,17 +67,17 @@ class Relay:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.close()
             return
-        finally:
-            task.add_done_callback(self._tasks.discard)
         there, back = self.lanes
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -135,6 +135,8 @@ async def _main(links: list[str]) -> None:
     reader = threading.Thread(target=_read, args=(loop, reshape, ended.set), daemon=True)
     reader.start()
     await ended.wait()
+    for relay in relays:
+        await relay.stop()
 
 
 def _read(
