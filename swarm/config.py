@@ -41,6 +41,6 @@ class ClientConfig:
     """Choices of one client."""
 
     timeouts: ClientTimeouts = field(default_factory=ClientTimeouts)
-    chunk_bytes: int = 1 << 20  # a prefill travels in frames of about this size
+    chunk_bytes: int = 1 << 19  # a prefill travels in frames of at most about this size
     history_bytes: int = 4 << 30  # memory for replays, over one session
     codec: Codec = "none"  # mxint8: a quarter of the bytes, and not exact (docs/benchmarks.md)

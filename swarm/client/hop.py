@@ -86,7 +86,8 @@ class Hop:
         self._terms = terms
         self._stream: Stream | None = None
         # Bounded by the window: nobody sends more than may be unanswered.
-        self._outgoing: asyncio.Queue[Message] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._idle = False  # nothing waits for the stream
         self._tasks: list[asyncio.Task[None]] = []
         self._synced: asyncio.Future[Synced] | None = None
         self._sync_epoch = 0
@@ -163,7 +164,11 @@ class Hop:
 
     def send(self, message: Message) -> None:
         """Never waits: whoever reads what this server says may also be the one who sends to it."""
-        self._outgoing.put_nowait(message)
+        frame = encode(message)
+        if self._idle and self._stream is not None and self._stream.send_nowait(frame):
+            return
+        self._idle = False
+        self._outgoing.put_nowait(frame)
 
     async def sync(self, epoch: int, timeout: float) -> None:
         """Learn where the server stands; one that does not answer counts as dead."""
@@ -216,7 +221,9 @@ class Hop:
     async def _write(self, stream: Stream) -> None:
         with suppress(PeerUnavailable):  # reading says why, perhaps with a last word of the server
             while True:
-                await stream.send(encode(await self._outgoing.get()))
+                self._idle = self._outgoing.empty()
+                frame = await self._outgoing.get()
+                await stream.send(frame)
 
     async def _read(self, stream: Stream, conversation: Conversation, listener: Listener) -> None:
         try:

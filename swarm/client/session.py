@@ -272,9 +272,9 @@ class RemoteSession:
     def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
         if end - begin == 1:
             return [(begin, end)]
-        most = min(hop.max_step_tokens for hop in hops)
+        most, room = min(hop.max_step_tokens for hop in hops), self._config.chunk_bytes
         if not self._terms.whole_steps:
-            return chunks_of(begin, end, self._terms, most, self._config.chunk_bytes)
+            return chunks_of(begin, end, self._terms, most, room, len(hops))
         starts = self._starts[bisect_right(self._starts, begin) : bisect_left(self._starts, end)]
         return [
             chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 
@@ -21,6 +22,10 @@ from swarm.wire import MAX_FRAME_BYTES
 
 _INPUTS_BYTES = 64  # of positions and padding, per token
 _WORDS_BYTES = 1 << 14  # room in a frame for all the rest
+# Of 1,024 tokens through three servers on two cores, pieces of 128 came back first: those of 256
+# left servers idle at both ends, those of 32 were slow to compute (docs/benchmarks.md, prefill).
+_PIECES_PER_HOP = 3
+_PIECE_TOKENS = 64  # of all rows; smaller ones only where frames have no room
 
 
 @dataclass(slots=True)
@@ -123,11 +128,18 @@ def check_memory(held: int, config: ClientConfig) -> None:
 
 
 def chunks_of(
-    begin: int, end: int, terms: Terms, max_step_tokens: int, chunk_bytes: int
+    begin: int, end: int, terms: Terms, most: int, chunk_bytes: int, pipelined: int = 1
 ) -> list[tuple[int, int]]:
-    """Pieces of `[begin, end)` that may travel as one step; none if it is empty."""
+    """Pieces of `[begin, end)` that may travel as one step; none if it is empty.
+
+    Of at most `most` tokens (over all rows) and about `chunk_bytes`. If they go through several
+    hops, they are small enough for all of them to work at the same time.
+    """
     rows = terms.batch_size
-    width = max(1, min(max_step_tokens, chunk_bytes // _row_bytes(terms)) // rows)
+    width = max(1, min(most, chunk_bytes // _row_bytes(terms)) // rows)
+    if pipelined > 1:
+        overlapping = ceil((end - begin) / (_PIECES_PER_HOP * pipelined))
+        width = min(width, max(overlapping, _PIECE_TOKENS // rows))
     return [(low, min(end, low + width)) for low in range(begin, end, width)]
 
 
