@@ -172,8 +172,9 @@ class Handler:
             logger.warning("refused a question: %s", str(error))
             return encode(_refusal(error))
         counters = asdict(self.counters) | self._executor.counters
-        counters["open_sessions"] = len(self._sessions)
-        counters["kv_bytes"] = self._span.store.taken
+        store = self._span.store
+        counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
+        counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
 
     @asynccontextmanager
