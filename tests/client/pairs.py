@@ -24,6 +24,15 @@ def prompt(rows: int = 1, tokens: int = 9, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (rows, tokens), generator=generator)
 
 
+def shell_of(local: Any, blocks: RemoteBlocks) -> Any:
+    """The model with its blocks in a swarm; `local` itself is left alone."""
+    model = copy.deepcopy(local)
+    make_shell(model, blocks)
+    model.__class__ = distributed_class(type(model))
+    model.remote_blocks = blocks
+    return model
+
+
 class Pair:
     """Three spans with random cuts, each of them on `replicas` servers."""
 
@@ -43,14 +52,7 @@ class Pair:
         for span in spans:
             self.swarm.add(span)
         self.blocks = self.swarm.blocks(spans[0], WHOLE, chunk_bytes=4096)
-        self.model = self._shell(self.blocks)
-
-    def _shell(self, blocks: RemoteBlocks) -> Any:
-        model = copy.deepcopy(self.local)
-        make_shell(model, blocks)
-        model.__class__ = distributed_class(type(model))
-        model.remote_blocks = blocks
-        return model
+        self.model = shell_of(self.local, self.blocks)
 
     def same(self, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         """Both generate; the tokens must be identical. Returns them."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from swarm.client.remote import RemoteBlocks
+from swarm.config import ServerLimits
 from swarm.models.spans import Span, SpanStep
 from swarm.types import BlockRange
 from tests.inprocess import STEADY, InProcessSwarm, Server, span_of
@@ -20,10 +21,15 @@ WHOLE = BlockRange(0, LAYERS)
 class House:
     """Six blocks of a tiny model: whole on this machine, in pieces on servers of a swarm."""
 
-    def __init__(self, family: str = "llama", spans: Sequence[tuple[int, int]] = THIRDS * 2):
+    def __init__(
+        self,
+        family: str = "llama",
+        spans: Sequence[tuple[int, int]] = THIRDS * 2,
+        limits: ServerLimits | None = None,
+    ) -> None:
         self.model = tiny_model(family)
         self.whole = self.local()
-        self.swarm = InProcessSwarm()
+        self.swarm = InProcessSwarm(limits=limits)
         self.servers = [self.add(*ends) for ends in spans]
 
     def add(self, start: int, end: int, **options: bool) -> Server:
