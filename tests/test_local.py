@@ -18,12 +18,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from swarm import LocalSwarm
 from swarm.cli import main
 from swarm.client.network import SwarmNetwork
-from swarm.client.remote import InferenceSession
+from swarm.client.session import RemoteSession
 from swarm.errors import UsageError
 from swarm.identity import SwarmKey
 from swarm.models.demo import DEMO_MODEL
@@ -86,32 +86,39 @@ class Chat:
     """What is typed, how many positions each step sent, and where Ctrl-C is pressed."""
 
     lines: list[str]
-    interrupt_at: int = 0  # a step's number
+    interrupt_after: int = 0  # tokens of the first answer
     sent: list[int] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        step = InferenceSession.step
+        step, put = RemoteSession.step, TextStreamer.put
+        shown: list[Any] = []
 
-        def spied(session: InferenceSession, hidden: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        async def spied(session: RemoteSession, hidden: torch.Tensor, *inputs: Any) -> Any:
             self.sent.append(hidden.shape[1])
-            if len(self.sent) == self.interrupt_at:
+            return await step(session, hidden, *inputs)
+
+        def pressed(screen: TextStreamer, value: Any) -> None:
+            put(screen, value)
+            shown.append(value)
+            if len(shown) == self.interrupt_after + 1:  # the prompt is shown to it first
                 raise KeyboardInterrupt
-            return step(session, hidden, **inputs)
 
         def typed(prompt: str) -> str:
             if not self.lines:
                 raise EOFError
             return self.lines.pop(0)
 
-        monkeypatch.setattr(InferenceSession, "step", spied)
+        monkeypatch.setattr(RemoteSession, "step", spied)
+        if self.interrupt_after:
+            monkeypatch.setattr(TextStreamer, "put", pressed)
         monkeypatch.setattr("builtins.input", typed)
 
 
-@pytest.mark.parametrize(("template", "interrupt_at"), [(False, 0), (False, 3), (True, 0)])
+@pytest.mark.parametrize(("template", "interrupt_after"), [(False, 0), (False, 2), (True, 0)])
 def test_chat_sends_only_what_is_new(
     swarm: LocalSwarm,
     template: bool,
-    interrupt_at: int,
+    interrupt_after: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -126,7 +133,7 @@ def test_chat_sends_only_what_is_new(
     messages: list[dict[str, str]] = []
     ids, sent, answers = torch.empty(1, 0, dtype=torch.long), [], []
     for number, line in enumerate(lines):
-        count = interrupt_at - 1 if interrupt_at and not number else 6
+        count = interrupt_after if interrupt_after and not number else 6
         known = ids
         if template:
             messages.append({"role": "user", "content": line})
@@ -149,7 +156,7 @@ def test_chat_sends_only_what_is_new(
         answers.append(tokenizer.decode(ids[0, prompt:], skip_special_tokens=True))
         messages.append({"role": "assistant", "content": answers[-1]})
 
-    chat = Chat(lines, interrupt_at)
+    chat = Chat(lines, interrupt_after)
     chat.install(monkeypatch)
     monkeypatch.setenv("SWARM_PEERS", swarm.peers[0])
     monkeypatch.setenv("SWARM_KEY", KEY.text())
@@ -158,7 +165,7 @@ def test_chat_sends_only_what_is_new(
     text = " ".join(capsys.readouterr().out.split())
     assert text.endswith(" ".join(" ".join(answers).split()))
     steps = [count for count in chat.sent if count > 1]
-    if interrupt_at:  # what was said is in doubt, and so the whole text is sent once more
+    if interrupt_after:  # what was said is in doubt, and so the whole text is sent once more
         assert len(steps) == 2
     else:
         assert steps == sent
