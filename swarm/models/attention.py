@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function
 
 from swarm.models.pages import PAGE
 from swarm.models.passes import SHORT, Group, KindPass, Reading, Segment
@@ -135,7 +136,9 @@ class RaggedMask:
         reading = group.reading
         places = group.places(now.device).index_select(0, reading.owner)[:, None, None, :, None]
         slots = reading.slots[:, None, None, None]
-        seen = self._visible(0, 0, places, slots) & (slots <= places[..., -1:, :])
+        seen = slots <= places
+        if self._visible is not causal_mask_function:
+            seen = self._visible(0, 0, places, slots) & (slots <= places[..., -1:, :])
         if any(segment.mask is not None for segment in group.segments):
             seen = seen & _real(group, reading)[:, None, None, None]
         return torch.where(seen, 0.0, _UNSEEN)
@@ -245,6 +248,9 @@ def _decode(q: Tensor, layer: int, group: Group, added: Tensor, scoring: Scoring
     keys, values = reading.runs[0].slab.layers[layer]
     kv_heads = keys.shape[1]
     shared, value_dim = heads // kv_heads, values.shape[3]
+    direct = q.dtype == torch.float32 and scoring.softcap is None and scoring.sinks is None
+    if direct and tokens == 1 and (reading.in_order or rows == 1):
+        return _decode_directly(q, layer, reading, added, scoring.scaling)
     # Query heads that share a key head, and their tokens, become the rows of one product.
     # Powers of two instead of e: exp is slow on a CPU where it underflows, exp2 is not.
     scale = scoring.scaling * _LOG2_E if scoring.softcap is None else scoring.scaling
@@ -264,6 +270,26 @@ def _decode(q: Tensor, layer: int, group: Group, added: Tensor, scoring: Scoring
     if tokens > 1:
         output = output.permute(0, 3, 1, 2, 4)
     return output.reshape(rows * tokens, heads, value_dim)
+
+
+def _decode_directly(
+    q: Tensor, layer: int, reading: Reading, added: Tensor, scaling: float
+) -> Tensor:
+    """Rows of one page each, or a single row: fewer calls, which is what takes the time there."""
+    items, kv_heads = reading.items, reading.runs[0].slab.layers[layer][0].shape[1]
+    left = q.reshape(reading.rows, kv_heads, -1, q.shape[2])
+    if items > reading.rows:
+        left = left.expand(items, -1, -1, -1)
+    scores = _products((left * scaling).flatten(0, 1), reading, layer, 0)
+    scores = scores.view(items, kv_heads, -1, PAGE).add_(added[:, 0])
+    if items == reading.rows:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        lined_up = scores.permute(1, 2, 0, 3).flatten(2)
+        weights = torch.softmax(lined_up, dim=-1).unflatten(2, (items, PAGE)).permute(2, 0, 1, 3)
+    output = _products(weights.reshape(items * kv_heads, -1, PAGE), reading, layer, 1)
+    output = reading.add_up(output.view(items, -1))
+    return output.view(reading.rows, q.shape[1], -1)
 
 
 def _products(left: Tensor, reading: Reading, layer: int, which: int) -> Tensor:

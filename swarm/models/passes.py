@@ -95,6 +95,8 @@ class Reading:
         where they are)."""
         if self.in_order:
             return parts
+        if self.rows == 1:
+            return parts.sum(0, keepdim=True)
         return torch.embedding_bag(parts, self.by_row, self.offsets, False, 0)[0]
 
     @staticmethod
@@ -129,9 +131,10 @@ class Group:
     def places(self, device: torch.device) -> Tensor:
         """int64 `[rows, tokens]`: where in its row's text each new token stands."""
         past = [segment.past for segment in self.segments for _ in range(segment.rows)]
-        return torch.tensor(past, device=device)[:, None] + torch.arange(
-            self.reading.tokens, device=device
-        )
+        first = torch.tensor(past, device=device)[:, None]
+        if self.reading.tokens == 1:
+            return first
+        return first + torch.arange(self.reading.tokens, device=device)
 
 
 class KindPass:
@@ -163,21 +166,26 @@ class KindPass:
                     pages += [row[at // PAGE - table.first]] * (end - at)
                     offsets += range(at % PAGE, at % PAGE + end - at)
                     at = end
-        found = torch.tensor([pages, offsets], device=self.device)
+        low, high = min(pages), max(pages)
         writes: list[tuple[Slab, Tensor | None, tuple[Tensor, slice, Tensor]]] = []
         for slab in self.slabs:
             first, last = slab.pages.start, slab.pages.stop
-            inside = [first <= page < last for page in (min(pages), max(pages))]
-            take = None
-            part = found
-            if not all(inside):
-                take = ((found[0] >= first) & (found[0] < last)).nonzero()[:, 0]
-                part = found[:, take]
-            if part.shape[1]:
-                writes.append((slab, take, (part[0] - first, slice(None), part[1])))
-            if take is None:
-                break
+            if first <= low and high < last:
+                return [(slab, None, self._index(first, pages, offsets))]
+            if mine := [at for at, page in enumerate(pages) if first <= page < last]:
+                part = self._index(first, [pages[at] for at in mine], [offsets[at] for at in mine])
+                writes.append((slab, torch.tensor(mine, device=self.device), part))
         return writes
+
+    def _index(
+        self, first: int, pages: list[int], offsets: list[int]
+    ) -> tuple[Tensor, slice, Tensor]:
+        local = [page - first for page in pages] if first else pages
+        return (
+            torch.tensor(local, device=self.device),
+            slice(None),
+            torch.tensor(offsets, device=self.device),
+        )
 
     def groups(self) -> list[Group]:
         """The rows with few new tokens, by how many."""

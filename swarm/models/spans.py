@@ -28,6 +28,7 @@ from swarm.models.families import (
     sliced_config,
     text_config,
 )
+from swarm.models.packing import quicken
 from swarm.models.passes import Segment
 from swarm.models.storage import KvStore
 from swarm.types import BlockRange
@@ -111,16 +112,18 @@ class _View:
         self.entry = _Entry(layers[0])
         self.stack = copy.copy(stack)
         vars(self.stack)["_modules"] = dict(stack.named_children())
-        setattr(self.stack, list_name, nn.ModuleList([self.entry, *layers[1:]]))
+        # A plain list, since models slice it in every forward and module lists are slow at that.
+        del vars(self.stack)["_modules"][list_name]
+        vars(self.stack)[list_name] = [self.entry, *layers[1:]]
         config = cast(Any, stack).config
         vars(self.stack)["config"] = sliced_config(config, blocks.start, blocks.end)
 
     def run(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.entry.hidden = hidden
+        vars(self.entry)["hidden"] = hidden  # a module's own way to set attributes is slow
         try:
             return self.stack(inputs_embeds=hidden, use_cache=True, return_dict=True, **kwargs)[0]
         finally:
-            self.entry.hidden = None
+            vars(self.entry)["hidden"] = None
 
 
 def strip(model: PreTrainedModel, blocks: BlockRange) -> None:
@@ -165,6 +168,7 @@ class Span:
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
+        quicken(self._stack)
         self.store = self._make_store()
         if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED
@@ -257,7 +261,8 @@ class Span:
         self, view: _View, segments: list[Segment], steps: list[SpanStep]
     ) -> list[Tensor]:
         blocks, size = steps[0].cache.blocks, self.hidden_size
-        hidden = torch.cat([step.hidden.reshape(1, -1, size) for step in steps], dim=1)
+        parts = [step.hidden.reshape(1, -1, size) for step in steps]
+        hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         with RaggedPass(self.store, blocks, segments, gathers=self._gathers) as work:
             output = view.run(
                 hidden,
