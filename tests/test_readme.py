@@ -84,7 +84,7 @@ def test_the_map_names_every_file() -> None:
     assert sorted(mapped) == sorted(files)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["import", "quickstart"])
+@pytest.mark.parametrize("code", blocks("python"), ids=["import", "quickstart", "asyncio"])
 def test_python_compiles(code: str) -> None:
     compile(code, "README.md", "exec")
 

@@ -99,7 +99,11 @@ class ModelRouter:
 
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)
-        self._book.failed(endpoint.peer_id, time.monotonic(), endpoint.certificate_digest)
+        now = time.monotonic()
+        if isinstance(error, RemoteProtocolError) and error.code is ErrorCode.BUSY:
+            self._book.busy(endpoint.peer_id, now, error.retry_after)
+        else:
+            self._book.failed(endpoint.peer_id, now, endpoint.certificate_digest)
 
     def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
         self._book.worked(peer_id, tokens, seconds, blocks)

@@ -43,6 +43,12 @@ class PeerBook:
         peer.failures += 1
         peer.banned_until = now + ban * (1 + _JITTER * (2 * self._rng.random() - 1))
 
+    def busy(self, peer_id: str, now: float, retry_after: float | None) -> None:
+        """A peer has no room; that is no failure, but it is left alone for as long as it says."""
+        wait = _FIRST_BAN if retry_after is None else min(retry_after, _LONGEST_BAN)
+        peer = self._touch(peer_id)
+        peer.banned_until = now + wait * (1 + _JITTER * self._rng.random())
+
     def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int = 0) -> None:
         """A peer computed `tokens` positions through `blocks` (0: unknown): all is forgiven."""
         peer = self._touch(peer_id)
