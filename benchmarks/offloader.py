@@ -40,6 +40,7 @@ class Forgetful(Stopwatch):
 def main() -> None:
     path, cap, tokens = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     cold = "cold" in sys.argv[4:]
+    process: Any = psutil.Process()
     torch.set_num_threads(1)
     disable_progress_bar()
     set_verbosity_error()
@@ -56,11 +57,16 @@ def main() -> None:
         files = [*path.glob("*.safetensors"), *Path(folder).iterdir()] if cold else []
         print("ready", flush=True)
         for line in sys.stdin:
+            before = process.io_counters().read_bytes
             watch = Forgetful(files)
             sequences = generate(model, torch.tensor(json.loads(line)), tokens, watch)
-            found = {"sequences": sequences.tolist(), "gaps": watch.gaps}
-            resident = psutil.Process().memory_info().rss
-            print(json.dumps(found | {"resident": resident}), flush=True)
+            found = {
+                "sequences": sequences.tolist(),
+                "gaps": watch.gaps,
+                "resident": process.memory_info().rss,
+                "read": process.io_counters().read_bytes - before,
+            }
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
