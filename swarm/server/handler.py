@@ -74,7 +74,7 @@ class Handler:
         self._transport = transport
         self._resolve = resolve
         self._limits = limits
-        self._admission = Admission(span.store.budget, limits.kv_overcommit)
+        self._admission = Admission(span.store.budget, limits.kv_overcommit, limits.max_sessions)
         self._turns: dict[bytes, asyncio.Event] = {}  # of openings that wait
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
         self._house = House(executor, limits, Holdings(limits.waiting_bytes), self.load)
@@ -112,7 +112,7 @@ class Handler:
             needed = self._span.store.session_bytes(
                 cache.blocks, opening.batch_size, opening.max_length
             )
-            admitted = self._admission.ask(opening.session_id, needed)
+            admitted = self._admission.ask(opening.session_id, client, needed)
             try:
                 if not admitted:
                     await self._turn(opening.session_id)
@@ -231,8 +231,6 @@ class Handler:
             raise RemoteProtocolError(
                 ErrorCode.WRONG_MODEL, f"this server computes in {served.numerics}"
             )
-        if len(self._admission) >= self._limits.max_sessions:
-            raise RemoteProtocolError(ErrorCode.BUSY, "too many sessions", retry_after=1.0)
         return client
 
     def _make(self, opening: Open, client: str, cache: SpanCache) -> Session:

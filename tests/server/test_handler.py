@@ -235,7 +235,7 @@ def test_a_step_that_is_not_ready_in_time_is_given_up(
 
 def test_bytes_that_wait_are_bounded_for_each_client_and_for_all() -> None:
     """Many sessions of one client fill their half; another client is served all the while."""
-    with alone(waiting_bytes=1 << 16) as town:
+    with alone(waiting_bytes=1 << 16, max_sessions=12) as town:
         gate, executor = asyncio.Event(), town.server.executor
         submit = executor.submit
 

@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from swarm.server.memory import Admission
 
-BUDGET, OVERCOMMIT = 100, 1.5
+BUDGET, OVERCOMMIT, SESSIONS = 100, 1.5, 6
 
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 120), st.booleans()), max_size=40))
 def test_promises_are_what_a_queue_and_a_sum_would_give(
     calls: list[tuple[int, int, bool]],
 ) -> None:
-    admission = Admission(BUDGET, OVERCOMMIT)
+    """Eight sessions of three clients."""
+    admission = Admission(BUDGET, OVERCOMMIT, SESSIONS)
     queue: list[tuple[bytes, int]] = []  # everybody, in order of asking
     inside: set[bytes] = set()
 
@@ -32,15 +33,23 @@ def test_promises_are_what_a_queue_and_a_sum_would_give(
         return begun
 
     for number, size, asks in calls:
-        name = bytes([number]) * 16
+        name, client = bytes([number]) * 16, f"client {number % 3}"
         known = any(name == other for other, _ in queue)
         if asks and (known or size > BUDGET):
             with pytest.raises(RemoteProtocolError) as caught:
-                admission.ask(name, size)
+                admission.ask(name, client, size)
             assert caught.value.code is (ErrorCode.OUT_OF_ORDER if known else ErrorCode.TOO_LONG)
         elif asks:
-            queue.append((name, size))
-            assert admission.ask(name, size) == (begin() == [name])
+            mine = [other for entry, other in queue if entry[0] % 3 == number % 3]
+            full = len(queue) == SESSIONS or len(mine) == SESSIONS // 2
+            if full or sum(mine) + size > BUDGET:
+                with pytest.raises(RemoteProtocolError) as caught:
+                    admission.ask(name, client, size)
+                assert caught.value.code is ErrorCode.BUSY
+                assert caught.value.retry_after
+            else:
+                queue.append((name, size))
+                assert admission.ask(name, client, size) == (begin() == [name])
         elif known:
             queue = [entry for entry in queue if entry[0] != name]
             inside.discard(name)
@@ -54,17 +63,17 @@ def test_promises_are_what_a_queue_and_a_sum_would_give(
 
 
 def test_small_ones_do_not_overtake_a_large_one_for_ever() -> None:
-    admission = Admission(BUDGET, 1.0)
-    assert admission.ask(b"first", 60)
-    assert not admission.ask(b"large", 90)
-    assert not admission.ask(b"small", 10)
+    admission = Admission(BUDGET, 1.0, SESSIONS)
+    assert admission.ask(b"first", "first", 60)
+    assert not admission.ask(b"large", "large", 90)
+    assert not admission.ask(b"small", "small", 10)
     assert admission.free == 0
     assert admission.leave(b"first") == [b"large", b"small"]
 
 
 def test_who_gives_up_waiting_makes_room_for_the_next() -> None:
-    admission = Admission(BUDGET, 1.0)
-    assert admission.ask(b"first", 60)
-    assert not admission.ask(b"large", 90)
-    assert not admission.ask(b"small", 10)
+    admission = Admission(BUDGET, 1.0, SESSIONS)
+    assert admission.ask(b"first", "first", 60)
+    assert not admission.ask(b"large", "large", 90)
+    assert not admission.ask(b"small", "small", 10)
     assert admission.leave(b"large") == [b"small"]

@@ -24,7 +24,7 @@ from swarm.messages import (
     Sync,
     Synced,
 )
-from tests.server.stranger import Talk, assert_same, expected_of, hidden_of
+from tests.server.stranger import Stranger, Talk, assert_same, expected_of, hidden_of
 from tests.server.town import FRAMES, LIMITS, Town, frame_of, with_field
 
 OPENINGS: dict[str, tuple[dict[str, Any], ErrorCode]] = {
@@ -166,16 +166,17 @@ def test_a_session_cannot_be_opened_twice(town: Town) -> None:
     town.run(go())
 
 
-def test_only_so_many_sessions(town: Town) -> None:
+def test_only_so_many_sessions_and_half_of_them_for_one_client(town: Town) -> None:
     async def go() -> None:
-        talks = [
-            await town.stranger.open(town.server, max_length=1)
-            for _ in range(LIMITS.max_sessions - 1)
-        ]
-        opening = town.stranger.opening(town.server)
-        talk = Talk(await town.stranger.dial(town.server), opening)
-        await talk.send(opening)
-        assert await talk.refusal() is ErrorCode.BUSY
+        talks: list[Talk] = []
+        for client, count in ((97, LIMITS.max_sessions // 2), (95, LIMITS.max_sessions // 2 - 1)):
+            stranger = Stranger(town.swarm, client=client)
+            for _ in range(count):
+                talks.append(await stranger.open(town.server, max_length=1))
+            opening = stranger.opening(town.server, max_length=1)
+            talk = Talk(await stranger.dial(town.server), opening)
+            await talk.send(opening)
+            assert await talk.refusal() is ErrorCode.BUSY
         for talk in talks:
             await talk.stream.finish()
             assert await talk.stream.receive() is None
