@@ -54,7 +54,16 @@ def load_span(
     proof = proof or prove_split(checkpoint.config)
     cls = causal_class(checkpoint.config)
     model = _load(checkpoint, cls, lambda model: strip(model, blocks), dtype, device)
-    return Span(model, blocks, proof)
+    span = Span(model, blocks, proof)
+    _give_back_memory()
+    return span
+
+
+def _give_back_memory() -> None:
+    """Weights that were converted or packed leave holes, which glibc keeps unless it is asked."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def load_shell(

@@ -52,8 +52,10 @@ class FusedNorm(nn.Module):
 @torch.no_grad()
 def quicken(root: nn.Module) -> None:
     """Replace what can be replaced below `root`, in place."""
-    for owner in list(root.modules()):
-        for name, child in owner.named_children():
+    # Weights must be let go one by one, or for a moment there would be all of them twice.
+    for owner in [module for module in root.modules() if any(True for _ in module.children())]:
+        for name in [name for name, _ in owner.named_children()]:
+            child = owner.get_submodule(name)
             quick = _packed(child) if type(child) is nn.Linear else _fused(child)
             if quick is not None:
                 setattr(owner, name, quick)
