@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -136,6 +136,39 @@ class ProbeCache(_Clocked):
                 growing = _bytes({name: held.get(name) for name in _GROWING})
                 others[index] = StateShape(_bytes(held) - growing, growing)
         return paged, others
+
+
+class RectanglePass(_Clocked):
+    """Stands for the cache in a forward of one token per row, of several sessions: for models with
+    an attention of their own, which want all rows as one batch.
+
+    Rows are as wide as the longest, and filled from the left. `mask` says what they hold.
+    """
+
+    def __init__(self, store: KvStore, blocks: BlockRange, segments: Sequence[Segment]) -> None:
+        super().__init__(layers=[])
+        (kind,) = store.kinds(blocks)
+        self._pass = KindPass(store, kind, segments)
+        width = -(-max(segment.total for segment in segments) // PAGE) * PAGE
+        self.length = width - 1  # the new token comes last, as models see it
+        slots = torch.arange(width, device=store.device)
+        rows: list[Tensor] = []
+        for segment in segments:
+            if segment.mask is None:
+                rows.append((slots < segment.total).expand(segment.rows, -1))
+            else:
+                rows.append(nn.functional.pad(segment.mask, (0, width - segment.total)))
+        self.mask = torch.cat(rows)  # bool [rows, width]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store `[rows, heads, 1, head_dim]`; returns all that the rows hold."""
+        self._pass.write(layer_idx, key_states[:, :, 0], value_states[:, :, 0])
+        return self._pass.rectangle(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.length + query_length, 0
 
 
 class SpanCache(_Clocked):

@@ -223,6 +223,26 @@ class KindPass:
             copies.append(copy.flatten(2, 3)[:, :, : segment.total - self.first_slot(segment)])
         return copies[0], copies[1]
 
+    def rectangle(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Copies of all rows' keys and values side by side, `[rows, heads, width, dim]`. What is
+        behind a row's text is finite, or that row's own, and must be masked."""
+        rows = [row for segment in self.segments for row in segment.tables[self.kind].rows]
+        most = max(len(row) for row in rows)
+        pages = [row[min(at, len(row) - 1)] for row in rows for at in range(most)]
+        copies: list[Tensor] = []
+        for which in (0, 1):
+            parts: list[Tensor] = []
+            if len(self.slabs) == 1:
+                held, first = self.slabs[0].layers[layer][which], self.slabs[0].pages.start
+                index = torch.tensor([page - first for page in pages], device=self.device)
+                parts.append(held.index_select(0, index))
+            else:
+                for run in _runs(self.slabs, pages):
+                    parts.append(run.slab.layers[layer][which][run.first : run.last])
+            copy = torch.cat(parts) if len(parts) > 1 else parts[0]
+            copies.append(copy.unflatten(0, (len(rows), most)).transpose(1, 2).flatten(2, 3))
+        return copies[0], copies[1]
+
     def first_slot(self, segment: Segment) -> int:
         """The first position whose keys are still held."""
         return segment.tables[self.kind].first * PAGE

@@ -94,7 +94,10 @@ def prove_split(config: PreTrainedConfig) -> SplitProof:
             can_resume = rehearsal.resume()
             rehearsal.padding()
             can_rewind = rehearsal.rewind()
-            return SplitProof(rehearsal.batch(), can_rewind, can_resume)
+            can_batch = rehearsal.batch()
+            return SplitProof(
+                can_batch, can_rewind, can_resume, not can_batch and rehearsal.align()
+            )
     except UnsupportedModel:
         raise
     # Strangers' configs, and models cut where they must not be, make transformers raise anything.
@@ -135,11 +138,12 @@ class _Rehearsal:
         self.ids = torch.randint(3, VOCAB, (2, TEXT))
         self.positioned = "position_ids" in inspect.signature(self.whole.forward).parameters
 
-    def _span(self, *, can_batch: bool = False) -> Span:
+    def _span(self, *, can_batch: bool = False, can_align: bool = False) -> Span:
         model = copy.deepcopy(self.whole)
         blocks = BlockRange(0, model.config.num_hidden_layers)
         strip(model, blocks)
-        return Span(model, blocks, SplitProof(can_batch, can_rewind=True))
+        proof = SplitProof(can_batch, can_rewind=True, can_align=can_align)
+        return Span(model, blocks, proof)
 
     def resume(self) -> bool:
         """Prefill and decode; whether a forward may add several tokens to what is held."""
@@ -188,6 +192,20 @@ class _Rehearsal:
             alone = self._sessions(self._span(), hidden, mask, together=False)
             shared = self._sessions(self._span(can_batch=True), hidden, mask, together=True)
         # Models that do things in their own way fail here in their own ways; they run alone.
+        except Exception:  # noqa: BLE001
+            return False
+        return all(_close(a, b) for a, b in zip(shared, alone, strict=True))
+
+    def align(self) -> bool:
+        """Whether the same holds for single tokens as the rows of one batch."""
+        if self.whole_passes or not self.span.store.is_plain:
+            return False
+        hidden = torch.randn(2, TEXT, self.span.hidden_size)
+        mask = torch.ones_like(self.ids, dtype=torch.bool)
+        mask[1, :3] = False
+        try:
+            alone = self._sessions(self._span(), hidden, mask, together=False)
+            shared = self._sessions(self._span(can_align=True), hidden, mask, together=True)
         except Exception:  # noqa: BLE001
             return False
         return all(_close(a, b) for a, b in zip(shared, alone, strict=True))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
 from swarm.models.attention import RAGGED, RaggedPass
-from swarm.models.cache import ProbeCache, SpanCache, plan_layers
+from swarm.models.cache import ProbeCache, RectanglePass, SpanCache, plan_layers
 from swarm.models.families import (
     cache_argument,
     caches_latents,
@@ -57,12 +57,14 @@ class SplitProof:
 
     can_batch: sessions may share a forward. can_rewind: caches crop to any length. can_resume: a
     forward may carry several tokens onto a cache that is not empty; transformers' own Mamba layers
-    forget their state there, so their tokens must go one by one.
+    forget their state there, so their tokens must go one by one. can_align: where sessions cannot
+    share any forward, single tokens of several may still be the rows of one batch.
     """
 
     can_batch: bool
     can_rewind: bool
     can_resume: bool = True
+    can_align: bool = False
 
 
 class _Entry(nn.Module):
@@ -213,18 +215,20 @@ class Span:
             for index, step in enumerate(steps):
                 if step.hidden.shape[1] == 0:
                     results[index] = step.hidden
-                elif self.proof.can_batch and not step.extras:
+                elif self._shares(step):
                     planes = 2 if step.position_ids is None else step.position_ids.ndim
                     groups.setdefault((step.cache.blocks, planes), []).append(index)
                 else:
-                    pieces = [step]
-                    if step.cache.length and not self.proof.can_resume:
-                        pieces = _one_by_one(step)
-                    results[index] = torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
+                    results[index] = self._run_in_pieces(step)
             segments: dict[int, Segment] = {}
             for (blocks, _), members in groups.items():
-                packed = _segments([steps[i] for i in members])
-                outputs = self._run_ragged(self._views[blocks], packed, [steps[i] for i in members])
+                together = [steps[i] for i in members]
+                if len(members) == 1 and not self.proof.can_batch:
+                    results[members[0]] = self._run_in_pieces(together[0])
+                    continue
+                packed = _segments(together)
+                run = self._run_ragged if self.proof.can_batch else self._run_aligned
+                outputs = run(self._views[blocks], packed, together)
                 segments |= zip(members, packed, strict=True)
                 for index, output in zip(members, outputs, strict=True):
                     results[index] = output
@@ -236,6 +240,18 @@ class Span:
                 for step in steps:
                     step.cache.settle()
         return [cast(Tensor, result) for result in results]
+
+    def _shares(self, step: SpanStep) -> bool:
+        if step.extras or self.proof.can_batch:
+            return not step.extras
+        planar = step.position_ids is None or step.position_ids.ndim == 2
+        return self.proof.can_align and step.hidden.shape[1] == 1 and planar
+
+    def _run_in_pieces(self, step: SpanStep) -> Tensor:
+        pieces = [step]
+        if step.cache.length and not self.proof.can_resume:
+            pieces = _one_by_one(step)
+        return torch.cat([self._run_alone(piece) for piece in pieces], dim=1)
 
     def _run_alone(self, step: SpanStep) -> Tensor:
         cache, tokens = step.cache, step.hidden.shape[1]
@@ -273,6 +289,19 @@ class Span:
             output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
             for segment in segments
         ]
+
+    def _run_aligned(
+        self, view: _View, segments: list[Segment], steps: list[SpanStep]
+    ) -> list[Tensor]:
+        work = RectanglePass(self.store, steps[0].cache.blocks, segments)
+        wanted = {
+            "attention_mask": work.mask.long(),
+            "position_ids": _packed_positions(steps, self.device).view(-1, 1),
+            self._cache_argument: work,
+        }
+        accepted = {name: value for name, value in wanted.items() if name in self._accepted}
+        output = view.run(torch.cat([step.hidden for step in steps]), **accepted)
+        return list(output.split([segment.rows for segment in segments]))
 
 
 def _one_by_one(step: SpanStep) -> list[SpanStep]:

@@ -138,6 +138,12 @@ class KvStore:
             if _within(layer, kind.blocks) and shape.window == kind.window
         ]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all layers are alike: kept in pages, and without windows."""
+        windows = {shape.window for shape in self._layers.values()}
+        return windows == {None} and not self._states
+
     def slabs(self, kind: Kind) -> list[Slab]:
         return self._shelves[kind].slabs
 

@@ -82,7 +82,8 @@ class Backend:
     def _compute(
         self, ready: Sequence[tuple[Slice, SpanStep]]
     ) -> list[torch.Tensor | RemoteProtocolError]:
-        if len(ready) > 1 and not self.span.proof.can_batch:
+        proof = self.span.proof
+        if len(ready) > 1 and not (proof.can_batch or proof.can_align):
             # One after the other anyway: then one that fails cannot harm those before it.
             return [result for item in ready for result in self._compute([item])]
         steps = [step for _, step in ready]

@@ -37,7 +37,11 @@ def span(family: str, start: int = 0, end: int = LAYERS, **abilities: bool) -> S
     model = copy.deepcopy(whole(family))
     strip(model, BlockRange(start, end))
     known = proof(family)
-    found = {"can_batch": known.can_batch, "can_rewind": known.can_rewind}
+    found = {
+        "can_batch": known.can_batch,
+        "can_rewind": known.can_rewind,
+        "can_align": known.can_align,
+    }
     return Span(model, BlockRange(start, end), SplitProof(**(found | abilities)))
 
 

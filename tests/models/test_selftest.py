@@ -23,7 +23,8 @@ ALONE = frozenset({"bloom", "falcon"})  # their attention does not go through th
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_must_be_exact_are_proven(family: str) -> None:
-    assert proof(family) == SplitProof(can_batch=family not in ALONE, can_rewind=True)
+    alone = family in ALONE
+    assert proof(family) == SplitProof(can_batch=not alone, can_rewind=True, can_align=alone)
 
 
 @pytest.mark.parametrize(

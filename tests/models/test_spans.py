@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.models.cache import SpanCache
+from swarm.models.pages import PAGE
 from swarm.models.selftest import ChainCache, prove_split
 from swarm.models.spans import Span, SpanStep, SplitProof, strip
 from swarm.types import BlockRange
@@ -148,6 +150,38 @@ def test_sessions_that_share_passes_do_not_notice(family: str) -> None:
             real = torch.ones(got.shape[:2]) if step.padding is None else step.padding
             if got.numel():
                 assert close(got[real.bool()], expected[real.bool()])
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_long_and_short_texts_decode_together(family: str) -> None:
+    """Over several pages, with beams that share some of them."""
+    held, alone = span(family), span(family, can_batch=False, can_align=False)
+    generator = torch.Generator().manual_seed(3)
+    pairs: list[tuple[SpanCache, SpanCache]] = []
+    for past, rows in [(3, 1), (PAGE + 6, 2), (2 * PAGE + 2, 1), (PAGE - 1, 3)]:
+        pair = (held.open_cache(held.blocks, 1, 256), alone.open_cache(held.blocks, 1, 256))
+        text = torch.randn(1, past, held.hidden_size, generator=generator)
+        for one, cache in zip((held, alone), pair, strict=True):
+            one.run([SpanStep(cache, text)])
+            cache.reorder([0] * rows)
+        pairs.append(pair)
+    for turn in range(4):
+        hidden = [
+            torch.randn(cache.batch_size, 1, held.hidden_size, generator=generator)
+            for cache, _ in pairs
+        ]
+        together = [SpanStep(one, new) for (one, _), new in zip(pairs, hidden, strict=True)]
+        outputs = held.run(together)
+        for (_, other), new, got in zip(pairs, hidden, outputs, strict=True):
+            assert close(got, alone.run([SpanStep(other, new)])[0])
+        if turn == 1:
+            for cache in pairs[3]:
+                cache.reorder([2, 0, 2])
+    for cache, other in pairs:
+        cache.release()
+        other.release()
+    held.store.check_integrity()
+    assert held.store.used == 0
 
 
 @families
