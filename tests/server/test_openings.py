@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from swarm.messages import (
     Synced,
 )
 from tests.server.stranger import Stranger, Talk, assert_same, expected_of, hidden_of
-from tests.server.town import FRAMES, LIMITS, Town, frame_of, with_field
+from tests.server.town import FRAMES, LIMITS, PAGES, Town, frame_of, with_field
 
 OPENINGS: dict[str, tuple[dict[str, Any], ErrorCode]] = {
     "too new": ({"protocol_min": 2, "protocol_max": 3}, ErrorCode.BAD_VERSION),
@@ -102,6 +104,29 @@ def test_fields_of_openings_that_cannot_be(town: Town, path: tuple[str, ...], va
         assert await talk.refusal() is ErrorCode.BAD_FRAME
 
     town.run(go())
+
+
+def test_an_opening_waits_for_its_turn() -> None:
+    with Town(replace(LIMITS, kv_wait=30.0)) as town:
+
+        async def go() -> None:
+            first = await town.stranger.open(town.server, batch_size=PAGES)
+            other = Stranger(town.swarm, client=96)
+            opening = other.opening(town.server)
+            talk = Talk(await other.dial(town.server), opening)
+            await talk.send(opening)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert len(town.server.handler._admission) == 2
+            assert town.server.handler.load().free_tokens == 0
+            await first.send(Close())
+            assert isinstance(await talk.receive(), Opened)
+            text = hidden_of(town.local, 3)
+            assert_same(await talk.ask(text), expected_of(town.local, text))
+            talk.stream.cancel()
+
+        town.run(go())
+        town.swarm.assert_quiet()
 
 
 # Order -------------------------------------------------------------------------------------------

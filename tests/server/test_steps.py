@@ -169,7 +169,7 @@ def test_tokens_of_several_sessions_are_computed_in_one_pass(
         return run(steps)
 
     async def go() -> None:
-        talks = [await town.stranger.open(town.server) for _ in range(4)]
+        talks = [await town.stranger.open(town.server) for _ in range(3)]
         first, *others = talks
         token = hidden_of(town.local, 1)
         with monkeypatch.context() as patched:
@@ -178,7 +178,7 @@ def test_tokens_of_several_sessions_are_computed_in_one_pass(
             await asyncio.to_thread(begun.wait, 30)
             for talk in others:
                 await talk.send(talk.step(token))
-            while town.server.handler.load().queue < 4:  # noqa: ASYNC110
+            while town.server.handler.load().queue < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             gate.set()
             for talk in talks:
@@ -186,7 +186,7 @@ def test_tokens_of_several_sessions_are_computed_in_one_pass(
                 assert isinstance(output, Output)
                 assert_same(from_frame(output.hidden), expected_of(town.local, token))
                 talk.stream.cancel()
-        assert passes == [1, 3]
+        assert passes == [1, 2]
 
     town.run(go())
 

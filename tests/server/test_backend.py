@@ -1,0 +1,79 @@
+"""A pass serves whom it can: who finds no page is told so, and is run again when there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swarm.errors import OutOfPages
+from swarm.models.pages import PAGE
+from swarm.models.spans import Span, SpanCache, SpanStep
+from swarm.server.backend import Backend, Work
+from swarm.server.scheduler import Slice
+from swarm.types import BlockRange
+from tests.inprocess import span_of
+from tests.models.tiny import tiny_model
+
+BLOCKS = BlockRange(0, 2)
+
+
+@pytest.fixture
+def span() -> Span:
+    """With room for three pages."""
+    span = span_of(tiny_model("llama"), 0, 2)
+    span.store.budget = 3 * PAGE * span.store.token_bytes
+    return span
+
+
+def text_of(span: Span, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(tokens)
+    return torch.randn(1, tokens, span.hidden_size, generator=generator)
+
+
+def run(backend: Backend, *works: Work) -> set[int]:
+    """One pass; the keys of those that found no page."""
+    slices = [Slice(work.key, 0, work.hidden.shape[1], last=True) for work in works]
+    failures = backend.run(slices, {work.key: work for work in works})
+    assert all(isinstance(failure, OutOfPages) for failure in failures.values())
+    return set(failures)
+
+
+def work(key: int, cache: SpanCache, hidden: torch.Tensor, crop_to: int | None = None) -> Work:
+    return Work(key, "someone", cache, hidden, {}, crop_to)
+
+
+@torch.inference_mode()
+def test_who_finds_no_page_costs_nobody_else_anything(span: Span) -> None:
+    backend = Backend(span)
+    large, small, late = (span.open_cache(BLOCKS, 1, 1000) for _ in range(3))
+    long, short = text_of(span, 2 * PAGE), text_of(span, 5)
+    assert run(backend, work(1, large, long), work(2, small, short)) == set()
+    assert run(backend, work(3, late, long), work(4, small, short)) == {3}
+    assert (late.length, small.length) == (0, 10)
+    large.release()
+    again = work(5, late, long)
+    assert run(backend, again) == set()
+    fresh = span.open_cache(BLOCKS, 1, 1000)
+    late.release()
+    assert torch.allclose(again.result(), span.run([SpanStep(fresh, long)])[0], atol=1e-5)
+    span.store.check_integrity()
+
+
+@torch.inference_mode()
+def test_a_step_that_is_run_again_is_rearranged_once(span: Span) -> None:
+    backend = Backend(span)
+    cache, other = span.open_cache(BLOCKS, 2, 1000), span.open_cache(BLOCKS, 1, 1000)
+    text = text_of(span, 6).repeat(2, 1, 1) * torch.tensor([1.0, 2.0])[:, None, None]
+    assert run(backend, work(1, cache, text), work(2, other, text[:1])) == set()
+    step = work(3, cache, text_of(span, PAGE).repeat(2, 1, 1), crop_to=4)
+    step.reorder = [1, 0]
+    assert run(backend, step) == {3}
+    assert cache.length == 4
+    other.release()
+    span.store.budget += PAGE * span.store.token_bytes
+    assert run(backend, step) == set()
+    fresh = span.open_cache(BLOCKS, 2, 1000)
+    cache.release()
+    span.run([SpanStep(fresh, text[[1, 0], :4])])
+    expected = span.run([SpanStep(fresh, step.hidden)])[0]
+    assert torch.allclose(step.result(), expected, atol=1e-5)
