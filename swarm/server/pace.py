@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 SHARE = 0.5  # bulk work may lengthen a pass by so many usual decode passes
-ACTIVE = 1.0  # seconds for which a decode stream counts as active after its last step
+ACTIVE = 1.0  # seconds, at most, for which a stream counts as active after its last step
 _HOLD = 0.5  # usual passes for which one may wait for more rows
 _PROBE = 16  # bulk tokens that a pass takes while nothing is known of their cost
 _MEMORY = 0.9  # weight of what was known when a pass is measured

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from swarm.server.pace import ACTIVE, Pace, Pass
 
+_MISSED = 4  # times its usual gap after which a stream is taken to have ended
 PATIENCE = 16  # passes after which whoever waits goes first, whatever their priority
 
 
@@ -55,7 +56,7 @@ class Scheduler:
         # What waits, by priority (high ones first) and kind (decode before prefill).
         self._lanes: dict[tuple[int, int], _Lane] = {}
         self._ready = self._prefills = 0  # rows that wait to decode, and steps of the other kind
-        self._decoded: dict[int, float] = {}  # when a priority last had something to decode
+        self._streams: dict[int, _Rhythm] = {}  # by session
         self._held_since: float | None = None
         self._pass: tuple[dict[int, int], int] = {}, 0
 
@@ -105,7 +106,6 @@ class Scheduler:
             if not prefill:
                 room -= self._pass_tokens // 4 if (minus, 1) in self._lanes else 0
                 room = min(room, self.pace.cut.most - sum(decode.values()))
-                self._decoded[-minus] = now
             is_bulk = bool(prefill)
             if self._is_active(-minus + 1 - prefill, now):
                 is_bulk, room = True, min(room, self.pace.bulk_tokens - bulk)
@@ -115,6 +115,7 @@ class Scheduler:
                 slices.append(piece)
                 if not prefill:
                     decode[step.session] = step.rows
+                    self._streams[step.session] = self._rhythm(step, now)
                 if piece.last:
                     del self._steps[step.key]
                     self._count(step, -1)
@@ -127,9 +128,27 @@ class Scheduler:
         """The last pass ran from `begin` to `end`, in seconds."""
         self.pace.measured(Pass(*self._pass, begin, end))
 
+    def _rhythm(self, step: Waiting, now: float) -> _Rhythm:
+        known = self._streams.get(step.session)
+        if known is None:
+            return _Rhythm(step.priority, now, 0.0)
+        # A stream that prefill slows down does not look dead for that.
+        return _Rhythm(step.priority, now, max(now - known.last, 0.8 * known.gap))
+
     def _is_active(self, priority: int, now: float) -> bool:
-        """Streams of at least this priority decode these days."""
-        return any(p >= priority and now - at < ACTIVE for p, at in self._decoded.items())
+        """Whether streams of at least this priority decode these days; the others are forgotten."""
+        for session, stream in list(self._streams.items()):
+            if now - stream.last >= min(ACTIVE, _MISSED * (stream.gap or ACTIVE / 16)):
+                del self._streams[session]
+        return any(stream.priority >= priority for stream in self._streams.values())
+
+
+class _Rhythm(NamedTuple):
+    """When a stream had its last step, and seconds between two of them (0: not known yet)."""
+
+    priority: int
+    last: float
+    gap: float
 
 
 class _Lane:

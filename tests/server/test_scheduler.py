@@ -102,6 +102,20 @@ def test_prefill_alone_fills_the_pass_once_streams_are_quiet() -> None:
     assert scheduler.next_pass(100.0) == [Slice(1, 0, BUDGET, last=False)]
 
 
+def test_a_prompt_is_not_held_back_by_a_stream_that_has_just_ended() -> None:
+    """Its steps came every 10 ms; 50 ms after the last one nobody waits for it any more."""
+    scheduler, now = Scheduler(BUDGET), 0.0
+    for key in range(30):
+        scheduler.add(Waiting(key, "chat", 1, 1, session=7))
+        scheduler.next_pass(now)
+        scheduler.passed(now, now + 0.002)
+        now += 0.010
+    scheduler.add(Waiting(99, "chat", 1, 1000, session=8))
+    assert scheduler.next_pass(now)[0].end < BUDGET
+    piece = scheduler.next_pass(now + 0.060)[0]
+    assert piece.end - piece.begin == BUDGET
+
+
 def test_while_streams_decode_a_pass_takes_no_more_prefill_than_its_time_allows() -> None:
     """A stream's pass takes 10 ms and a prefilled token 1 ms: a few tokens each time, no more."""
     scheduler, now = Scheduler(512), 0.0
