@@ -294,18 +294,14 @@ def _decode_directly(
 
 def _products(left: Tensor, reading: Reading, layer: int, which: int) -> Tensor:
     """`[items * kv_heads, n, …]` queries by keys (0), or weights by values (1), run by run."""
+    factors = reading.factors(layer, which)
+    if len(factors) == 1:
+        return torch.bmm(left, factors[0][0])
     heads = left.shape[0] // reading.items
-    output: Tensor | None = None
-    for run in reading.runs:
-        held = run.slab.layers[layer][which][run.first : run.last].flatten(0, 1)
-        right = held.transpose(1, 2) if which == 0 else held
-        if len(reading.runs) == 1:
-            return torch.bmm(left, right)
-        if output is None:
-            output = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
-        part = slice(run.begin * heads, run.end * heads)
+    output = left.new_empty(left.shape[0], left.shape[1], factors[0][0].shape[2])
+    for right, begin, end in factors:
+        part = slice(begin * heads, end * heads)
         torch.bmm(left[part], right, out=output[part])
-    assert output is not None
     return output
 
 

@@ -67,6 +67,7 @@ class Reading:
         self.tables = list(tables)
         self.versions = [table.version for table in tables]
         self.tokens = tokens
+        self._factors: dict[tuple[int, int], list[tuple[Tensor, int, int]]] = {}
         rows = [(table.first, row) for table in tables for row in table.rows]
         items = self._sorted(rows)
         self.runs = _runs(slabs, [page for page, _, _ in items])
@@ -89,6 +90,17 @@ class Reading:
             for number in most
         ]
         self.widest = torch.tensor(widest, device=device)
+
+    def factors(self, layer: int, which: int) -> list[tuple[Tensor, int, int]]:
+        """Keys transposed (0) or values (1) of every run, `[pages * heads, …]`, and the items they
+        serve as. Views, kept for as long as the runs hold."""
+        if (layer, which) not in self._factors:
+            found: list[tuple[Tensor, int, int]] = []
+            for run in self.runs:
+                held = run.slab.layers[layer][which][run.first : run.last].flatten(0, 1)
+                found.append((held if which else held.transpose(1, 2), run.begin, run.end))
+            self._factors[layer, which] = found
+        return self._factors[layer, which]
 
     def add_up(self, parts: Tensor) -> Tensor:
         """`[items, n]` to `[rows, n]`: the sum of each row's items (of nobody else's: NaN stay

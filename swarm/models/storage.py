@@ -94,7 +94,7 @@ class KvStore:
         numbers = sum(shape.numbers for shape in layers.values()) * dtype.itemsize
         # What one more token of one row in all blocks needs.
         self.token_bytes = max(1, numbers + sum(shape.per_token for shape in states.values()))
-        self.readings: dict[tuple[Kind, int], Any] = {}
+        self.readings: dict[tuple[Kind, int], Any] = {}  # of the last pass, by tokens per row
         self._shelves: dict[Kind, _Shelf] = {}
         self._charged = 0
 
@@ -228,6 +228,7 @@ class KvStore:
                     shelf.slabs.remove(slab)
                     shelf.pool.remove(slab.pages)
                     self.taken -= slab.nbytes
+                    self.readings.clear()  # or its tensors would live on in there
                     return True
         return False
 
