@@ -382,10 +382,10 @@ class RemoteSession:
             try:
                 self.recoveries += await self._route.mend(self._epoch, newborn, self._terms, self)
                 break
-            except NoRoute:
+            except NoRoute as error:
                 self._check_open()
                 if clock() > give_up:
-                    raise
+                    raise NoRoute(f"{error}; before that: {self._trouble}") from None
             await asyncio.sleep(min(pause, max(0.0, give_up - clock())))
             pause = self._config.timeouts.refresh  # but the first look is taken at once
             await self._router.refresh()
