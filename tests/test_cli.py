@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from swarm.cli import dht_main, main, server_main
+from swarm.cli.common import memory
 from swarm.cli.demo import _Show
 from swarm.cli.status import health
 from swarm.dht.directory import SwarmView
@@ -307,3 +309,17 @@ def test_a_text_breaks_between_words_on_a_terminal() -> None:
         show.text(piece)
     show.line("end")
     assert screen.getvalue() == "In the\nbeginning\nwas the\nword\nend\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512MiB", 512 << 20), ("2GB", 2 * 10**9), ("1.5 GiB", 3 << 29), ("4096", 4096), ("3k", 3000)],
+)
+def test_amounts_of_memory_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "much", "-2GB", "2GiBs", "9999TB", "1e9", "²GB"])
+def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="2GB or 512MiB"):
+        memory(text)
