@@ -15,24 +15,26 @@ from swarm.models.packing import FusedNorm, PackedLinear, quicken
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_packed_weights_multiply_as_plain_ones(bias: bool, rows: int) -> None:
-    plain = nn.Sequential(nn.Linear(1024, 640, bias=bias), nn.Linear(640, 8))
+    large, small = nn.Linear(1024, 640, bias=bias), nn.Linear(640, 8)
+    plain = nn.Sequential(large, small)
     x = torch.randn(2, rows, 1024)
     with torch.inference_mode():
-        expected = plain[0](x)
-        weight = plain[0].weight.clone()
+        expected = large(x)
+        weight = large.weight.clone()
         quicken(plain)
-        assert isinstance(plain[0], PackedLinear)
-        assert isinstance(plain[1], nn.Linear)  # too small to gain anything
-        assert torch.allclose(plain[0](x), expected, atol=1e-5)
-        assert torch.equal(plain[0].weight, weight)
+        packed = plain[0]
+        assert isinstance(packed, PackedLinear)
+        assert plain[1] is small  # too small to gain anything
+        assert torch.allclose(packed(x), expected, atol=1e-5)
+        assert torch.equal(packed.weight, weight)
 
 
 def test_norms_are_replaced_only_by_their_like() -> None:
     torch.manual_seed(0)
     plain = nn.ModuleList([LlamaRMSNorm(64, eps=1e-5), Gemma3RMSNorm(64), nn.LayerNorm(64)])
     with torch.inference_mode():
-        for norm in plain:
-            norm.weight.add_(torch.randn(64))
+        for parameter in plain.parameters():
+            parameter.add_(torch.randn(64))
         x = torch.randn(3, 5, 64) * 7
         expected = plain[0](x)
         quicken(plain)
