@@ -134,8 +134,10 @@ class LocalSwarm:
 
     def kill(self, index: int) -> None:
         """SIGKILL; returns when the process is gone."""
-        self._process(index).kill()
-        self._process(index).wait()
+        process = self._process(index)
+        process.kill()
+        with suppress(BrokenPipeError), process:  # closes its pipes and waits
+            pass
 
     def stop(self, index: int) -> int:
         """SIGTERM, and wait for the polite end. Returns the exit status (0 if it was polite)."""
