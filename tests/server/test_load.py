@@ -79,7 +79,8 @@ class Loaded(Town):
 
 @pytest.fixture
 def loaded(request: pytest.FixtureRequest) -> Any:
-    with Loaded(replace(LOAD, **getattr(request, "param", {}))) as town:
+    town = Loaded(replace(LOAD, **getattr(request, "param", {})))
+    with town:
         yield town
         town.swarm.assert_quiet()
         assert town.waiting == 0
