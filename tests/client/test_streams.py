@@ -257,7 +257,7 @@ def test_errors_are_those_of_generate() -> None:
         ({"num_return_sequences": 2, "do_sample": True}, "one row"),
         ({"streamer": object()}, "streamer"),
     ],
-    ids=str,
+    ids=["beams", "drafts", "more than tokens", "several rows", "a streamer"],
 )
 def test_what_a_stream_cannot_do_is_said(llama: Pair, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
