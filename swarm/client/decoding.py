@@ -6,7 +6,7 @@ What arrives from the servers while the ends are at work is taken together in th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -18,6 +18,9 @@ from swarm.client.ends import Ends
 from swarm.client.sampling import Text, Token, choose
 from swarm.client.session import RemoteSession
 from swarm.loop import BackgroundLoop
+
+Take = Callable[[Token], Awaitable[None] | None]
+"""What is done with every token; the next one waits for what it may return."""
 
 _QUICK = 0.0003  # seconds; ends that take less are called on the loop: a thread would cost as much
 
@@ -46,9 +49,7 @@ class Decoder:
         # Ends with us, and is waited for when the process ends: torch aborts if cut off.
         self._thread = ThreadPoolExecutor(1, "swarm-ends")
 
-    async def decode(
-        self, remote: RemoteSession, text: Text, take: Callable[[Token], None] | None = None
-    ) -> None:
+    async def decode(self, remote: RemoteSession, text: Text, take: Take | None = None) -> None:
         """Let `text` grow until it ends. The session must hold less than all of it, and holds all
         but the last token afterwards. `take` is called on the loop with each token.
 
@@ -59,7 +60,9 @@ class Decoder:
             output = await remote.step(turn.embedded)
             turn = await self._turn(text, output[:, -1:], remote.position)
             if take is not None and turn.token is not None:
-                take(turn.token)
+                shown = take(turn.token)
+                if shown is not None:
+                    await shown
 
     async def _turn(self, text: Text, hidden: Tensor | None, begin: int) -> _Turn:
         loop = asyncio.get_running_loop()

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
-from swarm.client.decoding import Decoder
+from swarm.client.decoding import Decoder, Take
 from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
 from swarm.client.sampling import Text, Token
 from swarm.client.streams import TokenStream
@@ -249,19 +249,28 @@ def _is_theirs(part: object) -> bool:
 
 def _follow(
     loop: BackgroundLoop,
-    decode: Callable[[Callable[[Token], None] | None], Coroutine[Any, Any, None]],
+    decode: Callable[[Take | None], Coroutine[Any, Any, None]],
     streamer: Any,
 ) -> None:
-    """Wait until all is decoded; the streamer is called in the caller's thread."""
+    """Wait until all is decoded. The streamer is called in the caller's thread, and as in
+    transformers' loop the next token is not begun before it has returned."""
     if streamer is None:
         loop.call(decode(None))
         return
-    tokens: queue.SimpleQueue[Token | None] = queue.SimpleQueue()
-    running = loop.start(decode(tokens.put))
+    tokens: queue.SimpleQueue[tuple[Token, asyncio.Future[None]] | None] = queue.SimpleQueue()
+
+    def take(token: Token) -> asyncio.Future[None]:
+        shown = asyncio.get_running_loop().create_future()
+        tokens.put((token, shown))
+        return shown
+
+    running = loop.start(decode(take))
     running.add_done_callback(lambda _: tokens.put(None))
     try:
-        while (token := tokens.get()) is not None:
+        while (item := tokens.get()) is not None:
+            token, shown = item
             streamer.put(torch.tensor([token.id]))
+            loop.call_soon(lambda shown=shown: shown.done() or shown.set_result(None))
         running.result()
         streamer.end()
     finally:

@@ -23,7 +23,7 @@ def two() -> Iterator[House]:
 
 
 def set_room(server: Server, sessions: int) -> None:
-    server.handler._limits = replace(server.handler._limits, max_sessions=sessions)
+    server.handler._admission._max_sessions = sessions
 
 
 def test_who_has_no_room_is_passed_over_at_once(two: House) -> None:
