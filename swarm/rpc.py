@@ -383,8 +383,9 @@ def _forget(task: asyncio.Task[Any]) -> None:
 
 
 def _hush() -> None:
-    """Silence a false alarm: with several event loops in one process gRPC wakes all of them, and
-    those who find nothing to read complain (https://github.com/grpc/grpc/issues/25364)."""
+    """Silence false alarms: with several event loops in one process gRPC wakes all of them, and those
+    who find nothing to read (https://github.com/grpc/grpc/issues/25364), or the last events of a
+    loop that has ended, complain."""
     loop = asyncio.get_running_loop()
     if loop.get_exception_handler() is None:
         loop.set_exception_handler(_without_false_alarms)
@@ -392,5 +393,7 @@ def _hush() -> None:
 
 def _without_false_alarms(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     poller = "PollerCompletionQueue" in str(context.get("message"))
-    if not (poller and isinstance(context.get("exception"), BlockingIOError)):
+    error = context.get("exception")
+    false = isinstance(error, BlockingIOError) or str(error) == "Event loop is closed"
+    if not (poller and false):
         loop.default_exception_handler(context)

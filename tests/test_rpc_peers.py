@@ -173,9 +173,35 @@ def test_several_loops_in_one_process_do_not_disturb_each_other(
                 assert await stream.receive() == bytes([i % 256])
 
     with ThreadPoolExecutor(3) as threads:
-        for done in [threads.submit(run, go()) for _ in range(3)]:
+        # Some begin when others have ended: the end of a loop must not be heard in the rest.
+        for done in [threads.submit(run, go()) for _ in range(12)]:
             done.result()
     assert [record for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "heard"),
+    [
+        ("callback PollerCompletionQueue._handle_events", BlockingIOError(), False),
+        (
+            "callback PollerCompletionQueue._handle_events",
+            RuntimeError("Event loop is closed"),
+            False,
+        ),
+        ("callback PollerCompletionQueue._handle_events", RuntimeError("something else"), True),
+        ("callback of ours", RuntimeError("Event loop is closed"), True),
+    ],
+)
+def test_only_false_alarms_are_silenced(
+    caplog: pytest.LogCaptureFixture, message: str, error: Exception, heard: bool
+) -> None:
+    async def go() -> None:
+        async with serving():
+            context = {"message": message, "exception": error}
+            asyncio.get_running_loop().call_exception_handler(context)
+
+    run(go())
+    assert [message in record.message for record in caplog.records] == [True] * heard
 
 
 def test_a_killed_server_is_noticed_at_once_and_a_stopped_one_is_not_waited_for() -> None:
