@@ -383,9 +383,8 @@ def _forget(task: asyncio.Task[Any]) -> None:
 
 
 def _hush() -> None:
-    """Silence false alarms: with several event loops in one process gRPC wakes all of them, and those
-    who find nothing to read (https://github.com/grpc/grpc/issues/25364), or the last events of a
-    loop that has ended, complain."""
+    """Silence false alarms: with several event loops in one process gRPC wakes all of them, and
+    some find nothing (https://github.com/grpc/grpc/issues/25364) or a loop's that has ended."""
     loop = asyncio.get_running_loop()
     if loop.get_exception_handler() is None:
         loop.set_exception_handler(_without_false_alarms)
