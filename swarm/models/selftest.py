@@ -30,6 +30,7 @@ TOLERANCE = 1e-4  # of logits, absolute, or relative to the largest one
 ALIKE = 1e-2  # the same for passes that differ; recurrent states amplify rounding a lot
 TEXT = 14  # tokens; more than twice the small model's window
 SEED = 7
+ALONE = SplitProof(can_batch=False, can_rewind=True)  # no session shares a forward
 
 
 class ChainCache(ShellCache):
@@ -138,11 +139,10 @@ class _Rehearsal:
         self.ids = torch.randint(3, VOCAB, (2, TEXT))
         self.positioned = "position_ids" in inspect.signature(self.whole.forward).parameters
 
-    def _span(self, *, can_batch: bool = False, can_align: bool = False) -> Span:
+    def _span(self, proof: SplitProof = ALONE) -> Span:
         model = copy.deepcopy(self.whole)
         blocks = BlockRange(0, model.config.num_hidden_layers)
         strip(model, blocks)
-        proof = SplitProof(can_batch, can_rewind=True, can_align=can_align)
         return Span(model, blocks, proof)
 
     def resume(self) -> bool:
@@ -184,28 +184,23 @@ class _Rehearsal:
         """Whether three sessions of different shapes come out the same when they share passes."""
         if self.whole_passes or not cast(Any, self.whole)._supports_attention_backend:
             return False
+        return self._may_share(SplitProof(can_batch=True, can_rewind=True))
+
+    def align(self) -> bool:
+        """Whether the same holds for single tokens as the rows of one batch."""
+        if self.whole_passes or not self.span.store.is_plain:
+            return False
+        return self._may_share(SplitProof(can_batch=False, can_rewind=True, can_align=True))
+
+    def _may_share(self, proof: SplitProof) -> bool:
         torch.manual_seed(SEED)
         hidden = torch.randn(2, TEXT, self.span.hidden_size)
         mask = torch.ones_like(self.ids, dtype=torch.bool)
         mask[1, :3] = False
         try:
             alone = self._sessions(self._span(), hidden, mask, together=False)
-            shared = self._sessions(self._span(can_batch=True), hidden, mask, together=True)
+            shared = self._sessions(self._span(proof), hidden, mask, together=True)
         # Models that do things in their own way fail here in their own ways; they run alone.
-        except Exception:  # noqa: BLE001
-            return False
-        return all(_close(a, b) for a, b in zip(shared, alone, strict=True))
-
-    def align(self) -> bool:
-        """Whether the same holds for single tokens as the rows of one batch."""
-        if self.whole_passes or not self.span.store.is_plain:
-            return False
-        hidden = torch.randn(2, TEXT, self.span.hidden_size)
-        mask = torch.ones_like(self.ids, dtype=torch.bool)
-        mask[1, :3] = False
-        try:
-            alone = self._sessions(self._span(), hidden, mask, together=False)
-            shared = self._sessions(self._span(can_align=True), hidden, mask, together=True)
         except Exception:  # noqa: BLE001
             return False
         return all(_close(a, b) for a, b in zip(shared, alone, strict=True))
