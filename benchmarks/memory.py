@@ -1,4 +1,4 @@
-"""What a server's processes hold beyond its weights, its cache and what imports take."""
+"""What a server's processes hold beyond its weights and what imports take."""
 
 from __future__ import annotations
 
@@ -11,39 +11,37 @@ import psutil
 from benchmarks.figures import at_most
 from benchmarks.lab import Lab, timed
 from benchmarks.models import block_bytes
-from swarm.client.network import SwarmNetwork
 
 MIB = 2**20
 SESSIONS = 4
 IMPORTS = "import torch, transformers"
+# transformers imports its parts when they are first used: what every server needs of it at least.
+MODELLING = "import torch; from transformers import AutoModelForCausalLM, PreTrainedModel"
 
 
 def measure(lab: Lab) -> None:
-    imports = [_imports() / MIB for _ in range(lab.runs)]
+    imports = [_after(IMPORTS) / MIB for _ in range(lab.runs)]
+    modelling = [_after(MODELLING) / MIB for _ in range(lab.runs)]
     lab.note("a process that imports torch, transformers", "MiB", imports)
+    lab.note("one that imports their modelling parts", "MiB", modelling)
     for name in ("A", "B"):
         remote = lab.remote(name)
         for _ in range(SESSIONS):
             timed(remote, lab.prompts(name, 1, 256), 8)
         held: list[float] = []
-        beyond: list[float] = []
-        caches = _cache_bytes(lab, name)
+        beyond: list[float] = []  # weights
         for server in lab.swarm(name).servers:
             blocks = range(server.blocks.start, server.blocks.end)
-            known = block_bytes(lab.path(name), blocks) + caches[server.peer_id]
             held.append(_tree(server.pid) / MIB)
-            beyond.append(held[-1] - known / MIB - median(imports))
+            beyond.append(held[-1] - block_bytes(lab.path(name), blocks) / MIB)
             lab.progress(f"{name}, server {server.index}: {held[-1]:.0f} MiB")
         lab.note(f"{name}, server, all its processes", "MiB", held)
-        lab.note(f"{name}, beyond weights and imports", "MiB", beyond, at_most(150))
-
-
-def _cache_bytes(lab: Lab, name: str) -> dict[str, int]:
-    """By peer id, what a server has taken for its KV cache and keeps, used or not."""
-    view = lab.remote(name).remote_blocks.connection.router.view
-    network = SwarmNetwork.connect(lab.swarm(name).peers, None)
-    counters = {server.record.peer_id: network.ask(server).counters for server in view.servers}
-    return {peer: found.get("kv_bytes", 0) for peer, found in counters.items()}
+        for what, base, target in (
+            ("imports", median(imports), at_most(150)),
+            ("modelling imports", median(modelling), None),
+        ):
+            rest = [each - base for each in beyond]
+            lab.note(f"{name}, beyond weights and {what}", "MiB", rest, target)
 
 
 def _tree(pid: int) -> int:
@@ -52,9 +50,10 @@ def _tree(pid: int) -> int:
     return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
 
 
-def _imports() -> int:
+def _after(imports: str) -> int:
+    """As `_tree`, of a process that has done nothing else."""
     with subprocess.Popen(
-        [sys.executable, "-c", f"{IMPORTS}; print(flush=True); input()"],
+        [sys.executable, "-c", f"{imports}; print(flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
