@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from swarm.loop import BackgroundLoop, run
+from tests.waits import wait_until
 
 
 @pytest.fixture
@@ -78,22 +78,31 @@ def test_a_deadline_cancels_the_work(loop: BackgroundLoop) -> None:
 
 
 def test_ctrl_c_cancels_the_work(loop: BackgroundLoop) -> None:
-    endless = _Endless()
+    endless, caller, presses = _Endless(), threading.get_ident(), 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal presses
+        presses += 1
+        if presses == 1:
+            raise KeyboardInterrupt
 
     def press_ctrl_c() -> None:
-        endless.begun.wait(5)
-        time.sleep(0.05)  # nothing tells when the caller has begun to wait; 5 s if it has not
-        os.kill(os.getpid(), signal.SIGINT)
+        assert endless.begun.wait(5)
+        wait_until(lambda: sys._current_frames()[caller].f_code.co_name == "wait")
+        # A signal that comes just before the system call is noticed only when that returns.
+        while not endless.cancelled.wait(0.02) and presses < 50:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    # A shell that starts us in the background has us ignore Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, interrupt)
+    finger = threading.Thread(target=press_ctrl_c)
     try:
-        threading.Thread(target=press_ctrl_c).start()
+        finger.start()
         with pytest.raises(KeyboardInterrupt):
             loop.call(endless.run(), timeout=5)
     finally:
+        finger.join(5)
         signal.signal(signal.SIGINT, before)
-    assert endless.cancelled.wait(5)
+    assert endless.cancelled.is_set()
 
 
 def test_closing_cancels_what_still_runs() -> None:

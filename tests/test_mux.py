@@ -225,7 +225,7 @@ def test_a_lost_connection_ends_all_streams_after_their_last_frames() -> None:
             stream = both.left.open("session")
             answer = await both.answer()
             await answer.send(b"last words")
-            await asyncio.sleep(0.01)
+            await until(lambda: both.left.held)
             both.tasks[1].cancel()  # the right end goes
             with suppress(asyncio.CancelledError):
                 await both.tasks[1]

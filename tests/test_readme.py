@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from swarm.cli import main
 from swarm.cli.serve import dht_parser, server_parser
+from swarm.errors import CheckpointError
+from tests.client.pairs import Pair, prompt
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,9 +88,21 @@ def test_the_map_names_every_file() -> None:
     assert sorted(mapped) == sorted(files)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["import", "quickstart", "asyncio"])
-def test_python_compiles(code: str) -> None:
-    compile(code, "README.md", "exec")
+def test_connecting_gets_as_far_as_the_hub() -> None:
+    """The names and arguments of the first lines exist; tests have no Hub to ask for the model."""
+    with pytest.raises(CheckpointError, match="Qwen/Qwen3-8B"):
+        exec(blocks("python")[0], {})  # noqa: S102
+
+
+def test_the_stream_for_asyncio_runs_as_it_stands() -> None:
+    pair, said = Pair("llama", seed=1), list[tuple[Any, ...]]()
+    with pair.swarm:
+        names: dict[str, Any] = {"model": pair.model, "print": lambda *words: said.append(words)}
+        exec(blocks("python")[2], names)  # noqa: S102
+        ids = asyncio.run(names["tell"](prompt()))
+    assert [token for token, _, _ in said] == ids[0, prompt().shape[1] :].tolist()
+    assert len(said) == 100
+    assert all(logprob < 0 and len(top) == 2 for _, logprob, top in said)
 
 
 def test_the_quickstart_runs_as_it_stands(tmp_path: Path) -> None:

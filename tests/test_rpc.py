@@ -29,13 +29,6 @@ from tests.rpcs import (
 HELLO = pack([bytes(16), False])
 
 
-async def drain_slowly(stream: Stream) -> None:
-    """Reads only when something has gone wrong: until then, frames pile up."""
-    while True:
-        await asyncio.sleep(0.05)
-        await stream.send(b"are you still there?")
-
-
 @pytest.mark.parametrize("method", ["session", "push"])
 def test_frames_arrive_in_order_until_both_ends_have_finished(method: str) -> None:
     async def go() -> None:
@@ -191,11 +184,14 @@ def test_a_stream_that_is_not_read_breaks_and_holds_up_no_other() -> None:
         async with serving(flood) as (_, endpoint, transport):
             unread = await transport.open_stream(endpoint, "session", TIMEOUT)
             other = await transport.open_stream(endpoint, "push", TIMEOUT)
-            pending = asyncio.create_task(drain_slowly(unread))
-            while not pending.done():
-                await other.send(b"x")
-                assert await other.receive() == b"x"
-            assert "nobody reads" in str(await fails(result(pending)))
+
+            async def insist() -> None:
+                while True:
+                    await other.send(b"x")
+                    assert await other.receive() == b"x"
+                    await unread.send(b"are you still there?")
+
+            assert "nobody reads" in str(await fails(insist()))
 
     run(go())
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from swarm.errors import PeerUnavailable, UsageError
 from swarm.identity import Identity, SwarmKey
 from swarm.loop import BackgroundLoop
 from tests.dht.samples import ALICE, BOB, EVE, KEY, MODEL, OTHER_KEY, signed
+from tests.waits import wait_until
 
 T = TypeVar("T")
 
@@ -63,12 +64,6 @@ class Swarm:
     def look(self, node: DhtNode) -> list[bytes]:
         found = self.call(node.get_many(dht_keys(MODEL, 24, node.key)))
         return [value for values in found.values() for value in values]
-
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 20) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 @pytest.fixture
@@ -195,9 +190,10 @@ def test_a_port_in_use_is_told_in_one_sentence(swarm: Swarm) -> None:
 
 
 def test_one_answering_peer_of_several_is_enough(swarm: Swarm) -> None:
-    swarm.add()
+    bootstrap = swarm.add()
     dead = f"/ip4/127.0.0.1/tcp/9/p2p/{BOB.peer_id}"
-    swarm.announce(swarm.add(ALICE, initial_peers=[dead, *swarm.addresses]))
+    server = swarm.announce(swarm.add(ALICE, initial_peers=[dead, *swarm.addresses]))
+    assert swarm.look(bootstrap) == [server.data]
 
 
 @pytest.mark.parametrize("dead", ["daemon", "reader"])
@@ -220,7 +216,7 @@ def test_a_daemon_that_dies_is_replaced(
         except PeerUnavailable:
             return False
 
-    swarm.wait_for(found)
+    wait_until(found)
 
 
 def test_a_bootstrap_node_that_comes_back_is_met_again(
@@ -237,7 +233,7 @@ def test_a_bootstrap_node_that_comes_back_is_met_again(
         swarm.look(alice)  # it has noticed that nobody is left to ask
     swarm.add(BOB, port=port, initial_peers=[])
     reader = swarm.add(client_mode=True)
-    swarm.wait_for(lambda: swarm.look(reader) == [server.data])
+    wait_until(lambda: swarm.look(reader) == [server.data])
 
 
 def test_a_wrong_clock_is_corrected_by_the_others(
@@ -280,7 +276,7 @@ def test_no_daemon_outlives_a_parent_that_is_killed(swarm: Swarm) -> None:
         socket.create_connection(("127.0.0.1", port), 5).close()
         parent.kill()
         _, errors = parent.communicate(timeout=10)
-    swarm.wait_for(lambda: not Path(control).exists())
+    wait_until(lambda: not Path(control).exists())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 5)
     assert errors == ""

@@ -234,7 +234,7 @@ def test_it_can_be_stopped_in_the_very_moment_of_a_break() -> None:
     async def body(net: Net) -> None:
         await net.pusher.push(step(0))
         await net.until(lambda: net.steps("one") == [0])
-        cut(net)  # and `run` above cancels before the break was noticed
+        cut(net)  # `run` above cancels before the break was noticed, and asserts that all has ended
 
     for _ in range(5):
         run(body, target("one"))
