@@ -38,7 +38,7 @@ def llama() -> Iterator[Pair]:
     ids=lambda options: "-".join(options) or "greedy",
 )
 def test_every_way_to_decode(llama: Pair, options: dict[str, Any]) -> None:
-    llama.same(prompt(), **options)
+    llama.same(prompt(seed=1), **options)  # with seed 0, beams never change places
 
 
 def test_frequencies_that_follow_the_length_survive_a_replay() -> None:
