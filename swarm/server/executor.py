@@ -45,6 +45,7 @@ class Executor:
         self._without_pages: dict[int, float] = {}  # since when, also while they try again
         self._next_try = self._next_refusal = 0.0
         self._futures: dict[int, asyncio.Future[Work]] = {}
+        self._arriving: list[Work] = []  # in this round of the loop
         self._next_key = 0
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -111,7 +112,9 @@ class Executor:
         future: asyncio.Future[Work] = self._loop.create_future()
         self._futures[work.key] = future
         timer = self._loop.call_later(work.deadline, self._expire, future, work.deadline)
-        self._inbox.put(lambda: self._add(work))
+        if not self._arriving:
+            self._loop.call_soon(self._hand_over)
+        self._arriving.append(work)
         try:
             return await future
         except BaseException:
@@ -120,6 +123,12 @@ class Executor:
         finally:
             timer.cancel()
             del self._futures[work.key]
+
+    def _hand_over(self) -> None:
+        """All steps of one round of the loop at once: those that came in one message share a pass,
+        and the device's thread does not begin while the loop still decodes the others."""
+        works, self._arriving = self._arriving, []
+        self._inbox.put(lambda: [self._add(work) for work in works])
 
     @staticmethod
     def _expire(future: asyncio.Future[Work], deadline: float) -> None:
