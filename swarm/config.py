@@ -11,7 +11,7 @@ from swarm.types import Codec
 class ServerLimits:
     """What one server grants strangers."""
 
-    kv_bytes: int | None = None  # of keys and values, hard; None = half of what the device has free
+    kv_bytes: int | None = None  # of keys and values, hard; None = a share of what is free
     kv_overcommit: float = 2.0  # so often may that be promised: sessions end before max_length
     kv_wait: float = 3.0  # seconds for which an opening waits for its promise
     max_sessions: int = 512

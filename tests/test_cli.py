@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import re
 import signal
 import socket
 import stat
@@ -151,6 +152,16 @@ def test_help_and_usage_errors_do_not_wait_for_torch() -> None:
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_start_that_fails_early_ends_in_good_order() -> None:
+    """Torch aborts a process that ends while one of our threads is in there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = f"--dht-port={taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "swarm", "server", *LOCAL, port]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert re.fullmatch("swarm: the DHT does not start: fail.* in use.*; check .*\n", ended.stderr)
 
 
 def test_a_new_key_is_for_its_owner_alone(

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import logging
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -98,7 +99,8 @@ class Daemon:
 
     def _last_line(self) -> str:
         lines = self._said.decode(errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line), "it says nothing")
+        last = next((line.strip() for line in reversed(lines) if line), "it says nothing")
+        return re.sub(r"^[\d/]+ [\d:]+ ", "", last)[:300]  # Go's loggers begin with date and time
 
 
 def daemon_arguments(host: str, port: int, client_mode: bool) -> list[str]:

@@ -24,7 +24,7 @@ from swarm.dht.announcer import Announcer
 from swarm.dht.directory import Directory, SwarmView, list_models
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerRecord, ServerState, open_record
-from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
+from swarm.errors import InvalidRecord, OutOfPages, PeerUnavailable, UsageError
 from swarm.identity import Access, Identity, SwarmKey
 from swarm.loop import in_thread
 from swarm.messages import PushTarget
@@ -179,7 +179,15 @@ class ServerNode:
         studying = asyncio.create_task(work)
         # Another error may come first, after which nobody asks for this one.
         studying.add_done_callback(lambda task: task.cancelled() or task.exception())
-        stack.callback(studying.cancel)
+
+        async def outlive(kind: type[BaseException] | None, *_: object) -> None:
+            # Torch aborts a process that ends while a thread is in there. Whoever cancels the
+            # start does not wait; the process must end in another way then.
+            if kind is not asyncio.CancelledError:
+                await asyncio.wait({studying})
+            studying.cancel()
+
+        stack.push_async_exit(outlive)
         return studying
 
     async def _open_what_is_announced(self) -> Checkpoint:
@@ -281,7 +289,13 @@ class ServerNode:
         store.budget = self._config.limits.kv_bytes or throughput.cache_budget(device)
         tokens = store.budget // store.token_bytes
         logger.info("%.2f GiB for keys and values: %d tokens", store.budget / 2**30, tokens)
-        self._throughput = throughput.tokens_per_second(span)
+        try:
+            self._throughput = throughput.tokens_per_second(span)
+        except OutOfPages as error:
+            raise UsageError(
+                f"{store.budget} bytes for keys and values hold not one short text, as each token "
+                f"takes {store.token_bytes}: give more --kv-memory, or serve fewer --blocks"
+            ) from error
         return span
 
     async def _serve(self, stack: AsyncExitStack, span: Span) -> None:

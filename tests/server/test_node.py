@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from swarm import AutoDistributedModelForCausalLM
 from swarm.certificates import check_certificate, fetch_certificate
 from swarm.client.network import SwarmNetwork
+from swarm.config import ServerLimits
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerState, sign_record
@@ -241,6 +242,8 @@ def test_what_cannot_be_is_said_in_one_sentence(config: ServerConfig) -> None:
         await refused(replace(config, model=Path("/no/such")), "there is no folder /no/such")
         await refused(replace(config, device="cuda:77"), "no device 'cuda:77'")
         await refused(replace(config, public_name="x" * 31), "choose another --name")
+        tiny = replace(config, limits=ServerLimits(kv_bytes=1000))
+        await refused(tiny, "1000 bytes .* hold not one short text.*: give more --kv-memory")
         peers = (f"/ip4/127.0.0.1/tcp/9/p2p/{Identity.ephemeral().peer_id}",)
         await refused(replace(config, peers=peers), "no peers reachable")
         with socket.create_server(("127.0.0.1", 0)) as taken:
