@@ -280,15 +280,23 @@ def _decode_directly(
     left = q.reshape(reading.rows, kv_heads, -1, q.shape[2])
     if items > reading.rows:
         left = left.expand(items, -1, -1, -1)
-    scores = _products((left * scaling).flatten(0, 1), reading, layer, 0)
-    scores = scores.view(items, kv_heads, -1, PAGE).add_(added[:, 0])
+    left = left.flatten(0, 1)
+    factors = reading.factors(layer, 0)
+    if len(factors) == 1:
+        bias = added.expand(-1, kv_heads, -1, -1, -1).reshape(-1, 1, PAGE)
+        scores = torch.baddbmm(bias, left, factors[0][0], alpha=scaling)
+    else:
+        scores = _products(left * scaling, reading, layer, 0)
+        scores.view(items, kv_heads, -1, PAGE).add_(added[:, 0])
     if items == reading.rows:
         weights = torch.softmax(scores, dim=-1)
     else:
-        lined_up = scores.permute(1, 2, 0, 3).flatten(2)
+        lined_up = scores.view(items, kv_heads, -1, PAGE).permute(1, 2, 0, 3).flatten(2)
         weights = torch.softmax(lined_up, dim=-1).unflatten(2, (items, PAGE)).permute(2, 0, 1, 3)
-    output = _products(weights.reshape(items * kv_heads, -1, PAGE), reading, layer, 1)
-    output = reading.add_up(output.view(items, -1))
+        weights = weights.reshape(items * kv_heads, -1, PAGE)
+    output = _products(weights, reading, layer, 1)
+    if items > reading.rows:
+        output = output.view(items, -1).sum(0)
     return output.view(reading.rows, q.shape[1], -1)
 
 

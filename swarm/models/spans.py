@@ -170,18 +170,24 @@ class Span:
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
-        quicken(self._stack)
+        quicken(self._stack, self._try_out)
         self.store = self._make_store()
         if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED
 
     @torch.inference_mode()
+    def _try_out(self, tokens: int = 3, cache: ProbeCache | None = None) -> Tensor:
+        """What a text of some numbers becomes, `[1, tokens, H]`."""
+        cache = cache or ProbeCache(self._plan, self.blocks)
+        size = (1, tokens, self.hidden_size)
+        numbers = torch.linspace(-1, 1, size[1] * size[2], dtype=self.dtype, device=self.device)
+        view = _View(self._stack, self._list_name, self.blocks)
+        return view.run(numbers.view(size), **{self._cache_argument: cache})
+
     def _make_store(self) -> KvStore:
         """A first token shows what the layers keep: config entries are named too variously."""
         probe = ProbeCache(self._plan, self.blocks)
-        hidden = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-        view = _View(self._stack, self._list_name, self.blocks)
-        view.run(hidden, **{self._cache_argument: probe})
+        self._try_out(1, probe)
         return KvStore(*probe.shapes(), self.dtype, self.device)
 
     def open_cache(self, blocks: BlockRange, batch_size: int, max_length: int) -> SpanCache:

@@ -19,7 +19,7 @@ from swarm.server.scheduler import Scheduler, Slice, Waiting
 
 logger = logging.getLogger(__name__)
 
-Job = Callable[[], None]
+Job = Callable[[], object]
 Finished = tuple[Work, RemoteProtocolError | None]
 
 _RETRY_SECONDS = 0.05  # between two looks for pages, if nobody says that some came free

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from swarm.models.packing import FusedNorm, PackedLinear, quicken
+from swarm.models.packing import FusedNorm, JoinedLinear, PackedLinear, quicken
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -50,3 +50,61 @@ def test_models_do_not_notice() -> None:
         expected = mlp(x)
         quicken(mlp)
         assert torch.allclose(mlp(x), expected, atol=1e-5)
+
+
+class _Attending(nn.Module):
+    """Two products of one tensor, a third of another, and one that is called twice."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 24, bias=bias), nn.Linear(32, 40, bias=bias)
+        self.o, self.twice = nn.Linear(64, 32, bias=bias), nn.Linear(32, 32, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.twice(self.twice(x))
+        return self.o(torch.cat([self.q(x), self.k(x)], dim=-1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_one_tensor_become_one(bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = _Attending(bias=bias)
+    x, other = torch.randn(2, 5, 32), torch.randn(3, 1, 32)
+    with torch.inference_mode():
+        expected, weight = [plain(x), plain(other)], plain.k.weight.clone()
+        quicken(plain, lambda: plain(x))
+        kinds = [type(module) for module in (plain.q, plain.k, plain.o, plain.twice)]
+        assert kinds == [JoinedLinear, JoinedLinear, nn.Linear, nn.Linear]
+        assert torch.allclose(plain(x), expected[0], atol=1e-6)
+        assert torch.allclose(plain(other), expected[1], atol=1e-6)
+        assert torch.equal(plain.k.weight, weight)
+        assert (plain.k.bias is not None) == bias
+
+
+class _Changing(_Attending):
+    """Changes the tensor between the two products."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        q = self.q(x)
+        x.mul_(2)
+        return self.o(torch.cat([q, self.k(x)], dim=-1))
+
+
+class _Flattening(_Attending):
+    """Wants its products in one piece."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = [self.q(x).view(-1, 24), self.k(x).view(-1).view(-1, 40)]
+        return self.o(torch.cat(parts, dim=-1))
+
+
+@pytest.mark.parametrize("kind", [_Changing, _Flattening])
+def test_products_that_must_stay_apart_do(kind: type[_Attending]) -> None:
+    plain = kind(bias=True)
+    x = torch.randn(1, 3, 32)
+    with torch.inference_mode():
+        expected = plain(x)
+        quicken(plain, lambda: plain(x))
+        assert type(plain.q) is type(plain.k) is nn.Linear
+        assert torch.equal(plain(x), expected)
