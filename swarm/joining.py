@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 
 def initial_peers_of(given: Sequence[str] | None) -> tuple[str, ...]:
-    """As given, else from SWARM_PEERS; in each text, blanks or commas separate addresses."""
-    texts = given or [os.environ.get("SWARM_PEERS", "")]
+    """As given, else from SWARM_PEERS; in each text (or one), blanks or commas are between them."""
+    given = given or os.environ.get("SWARM_PEERS", "")
+    texts = [given] if isinstance(given, str) else given
     return tuple(peer for text in texts for peer in re.split(r"[\s,]+", text) if peer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -66,6 +67,9 @@ def chat(argv: Sequence[str]) -> int:
     folder = Checkpoint.open(model, **source).fetch_tokenizer()
     remote = AutoDistributedModelForCausalLM.from_pretrained(model, peers, swarm_key=key, **source)
     conversation = _Conversation(remote, AutoTokenizer.from_pretrained(folder), arguments)
+    view = cast(Any, remote).remote_blocks.connection.router.view
+    if missing := ", ".join(map(str, view.missing_blocks())):
+        print(f"nobody serves blocks {missing} now: answers wait for that", file=sys.stderr)
     print(f"{model}: say something (Ctrl-D ends)")
     with cast(Any, remote).inference_session() as session:
         while conversation.turn(session):
