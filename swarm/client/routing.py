@@ -177,7 +177,7 @@ def _explain(
     if unheld:
         return (
             f"blocks {_list(unheld)} of {name} are served by nobody in {request.numerics.dtype}; "
-            f"start one with: swarm-server {name} --blocks {unheld[0]}"
+            f"start one with: swarm-server {name} --blocks {unheld[0]} --peers ..."
         )
     waits = [
         book.banned_until(server.record.peer_id) - now
@@ -188,7 +188,8 @@ def _explain(
     when = f"in {ceil(again)} s" if again else "when they are free"
     return (
         f"blocks {_list(missing)} of {name} are held only by servers that failed or were busy: "
-        f"try again {when}, or start another with: swarm-server {name} --blocks {missing[0]}"
+        f"try again {when}, or start another with: "
+        f"swarm-server {name} --blocks {missing[0]} --peers ..."
     )
 
 
