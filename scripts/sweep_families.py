@@ -53,7 +53,8 @@ cut after every single block, gives the logits that the whole one gives in the s
 1e-4 in float32: prefill, prefill in pieces, one token at a time, with padding, and after going
 back. What does not agree is refused at start with a sentence. {counts}.
 
-* **shares passes**: tokens of several sessions go through one forward. Others run in turn.
+* **shares passes**: tokens of several sessions go through one forward. Of others, single tokens may
+  still be the rows of one batch (the self-test tries that, too); the rest run in turn.
 * **rewinds**: caches can go back to any length. Others can only start over, so a client replays.
 * **in pieces**: several tokens may be added to a cache at once. Where not (transformers' own Mamba
   layers forget their state there), a server feeds such tokens one by one.
