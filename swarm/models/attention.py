@@ -22,7 +22,6 @@ from transformers.masking_utils import causal_mask_function
 from swarm.models.pages import PAGE
 from swarm.models.passes import SHORT, Group, KindPass, Reading, Segment
 from swarm.models.storage import Kind, KvStore
-from swarm.types import BlockRange
 
 RAGGED = "swarm_ragged"  # the name under which transformers finds this attention
 _LOG2_E = math.log2(math.e)
@@ -32,27 +31,30 @@ _UNSEEN = -1e30  # added to scores; finite, so that rows which see nothing stay 
 class RaggedPass(Cache):
     """Stands for `past_key_values` in one forward; puts every session's tokens into its pages."""
 
-    def __init__(
-        self,
-        store: KvStore,
-        blocks: BlockRange,
-        segments: Sequence[Segment],
-        *,
-        gathers: bool,
-    ) -> None:
-        """`gathers`: the model expands what it caches (latents), so that it must see all of it."""
+    def __init__(self, store: KvStore, segments: Sequence[Segment], *, gathers: bool) -> None:
+        """Segments of one sub-span follow each other.
+
+        `gathers`: the model expands what it caches (latents), so that it must see all of it.
+        """
         super().__init__(layers=[])
-        self.segments = segments
         self.gathers = gathers
         self.layer = 0
-        self._passes: dict[int, KindPass] = {}
-        for kind in store.kinds(blocks):
-            one = KindPass(store, kind, segments)
-            self._passes |= dict.fromkeys(store.layers_of(kind), one)
+        self.device = store.device
+        by_kind: dict[Kind, list[Segment]] = {}
+        for segment in segments:
+            for kind in segment.tables:
+                by_kind.setdefault(kind, []).append(segment)
+        self._passes: dict[int, tuple[KindPass, ...]] = {}
+        for kind, members in by_kind.items():
+            one = KindPass(store, kind, members, alone=len(members) == len(segments))
+            only = (one,)  # the same for all layers, which look up what they share by it
+            for layer in store.layers_of(kind):
+                before = self._passes.get(layer)
+                self._passes[layer] = only if before is None else (*before, one)
 
     @property
-    def now(self) -> KindPass:
-        """The pass as the layer sees it that runs."""
+    def now(self) -> tuple[KindPass, ...]:
+        """The pass as the layer sees it that runs: a part for each sub-span."""
         return self._passes[self.layer]
 
     def update(
@@ -60,11 +62,12 @@ class RaggedPass(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Store `[1, heads, N, head_dim]`. What is returned is only used by models that gather."""
         self.layer = layer_idx
-        now = self.now
-        now.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        for part in self.now:
+            part.write(layer_idx, keys, values)
         if not self.gathers:
             return key_states, value_states
-        held = [now.gather(layer_idx, segment) for segment in self.segments]
+        held = [part.gather(layer_idx, segment) for part in self.now for segment in part.segments]
         keys, values = (
             torch.cat([row for part in parts for row in part], dim=1)
             for parts in zip(*held, strict=True)
@@ -76,21 +79,22 @@ class RaggedPass(Cache):
     ) -> Iterator[tuple[Segment, tuple[Tensor, Tensor], int]]:
         """Segments with many new tokens (if the model gathers, all), what they see, `[rows, heads,
         slots, dim]` keys and values, and the first slot of that."""
-        now, start = self.now, 0
+        start = 0
         fresh = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        for segment in self.segments:
-            first = now.first_slot(segment)
-            if self.gathers:
-                shape = (start, segment.rows, segment.total - first)
-                start += segment.rows * (segment.total - first)
-            elif segment.tokens <= SHORT:
-                continue
-            elif segment.past:
-                yield segment, now.gather(self.layer, segment), first
-                continue
-            else:
-                shape = (segment.start, segment.rows, segment.tokens)
-            yield segment, (_unpack(fresh[0], *shape), _unpack(fresh[1], *shape)), first
+        for now in self.now:
+            for segment in now.segments:
+                first = now.first_slot(segment)
+                if self.gathers:
+                    shape = (start, segment.rows, segment.total - first)
+                    start += segment.rows * (segment.total - first)
+                elif segment.tokens <= SHORT:
+                    continue
+                elif segment.past:
+                    yield segment, now.gather(self.layer, segment), first
+                    continue
+                else:
+                    shape = (segment.start, segment.rows, segment.tokens)
+                yield segment, (_unpack(fresh[0], *shape), _unpack(fresh[1], *shape)), first
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -122,19 +126,22 @@ class RaggedMask:
         self.work = work
         self._visible = visible
         self._local_size = local_size
-        self._groups: dict[Kind, list[tuple[Group, Tensor]]] = {}
-        self._masks: dict[tuple[Kind, int], Tensor | None] = {}
+        self._groups: dict[tuple[KindPass, ...], list[tuple[Group, Tensor]]] = {}
+        self._masks: dict[tuple[tuple[KindPass, ...], int], Tensor | None] = {}
 
     def groups(self) -> list[tuple[Group, Tensor]]:
         """Decode rows, each group with what to add to scores: `[items, 1, 1, tokens, PAGE]`."""
         now = self.work.now
-        if now.kind not in self._groups:
-            self._groups[now.kind] = [(group, self._added(group, now)) for group in now.groups()]
-        return self._groups[now.kind]
+        if now not in self._groups:
+            groups = [group for part in now for group in part.groups()]
+            self._groups[now] = [(group, self._added(group)) for group in groups]
+        return self._groups[now]
 
-    def _added(self, group: Group, now: KindPass) -> Tensor:
+    def _added(self, group: Group) -> Tensor:
         reading = group.reading
-        places = group.places(now.device).index_select(0, reading.owner)[:, None, None, :, None]
+        places = group.places(self.work.device).index_select(0, reading.owner)[
+            :, None, None, :, None
+        ]
         slots = reading.slots[:, None, None, None]
         seen = slots <= places
         if self._visible is not causal_mask_function:
@@ -150,9 +157,9 @@ class RaggedMask:
         fits = past == 0 and (self._local_size is None or tokens <= self._local_size)
         if mask is None and fits:
             return None
-        key = (self.work.now.kind, segment.start)
+        key = (self.work.now, segment.start)
         if key not in self._masks:
-            slots = torch.arange(segment.total, device=self.work.now.device)
+            slots = torch.arange(segment.total, device=self.work.device)
             places = slots[None, None, past:, None]
             seen = self._visible(0, 0, places, slots[None, None, None, first:])
             if mask is not None:

@@ -152,10 +152,14 @@ class Group:
 
 
 class KindPass:
-    """One pass as the layers of one kind see it."""
+    """One pass as the layers of one kind see it. `segments` follow each other, and are `alone` if
+    the pass holds no others."""
 
-    def __init__(self, store: KvStore, kind: Kind, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self, store: KvStore, kind: Kind, segments: Sequence[Segment], *, alone: bool = True
+    ) -> None:
         self.kind = kind
+        self._alone = alone
         self.device = store.device
         self.slabs = store.slabs(kind)
         self._readings = store.readings
@@ -163,7 +167,10 @@ class KindPass:
         self._writes = self._find_places()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put `[N, heads, dim]` where the packed tokens belong."""
+        """Put `[N, heads, dim]` where the packed tokens belong; others' are left out."""
+        if not self._alone:
+            mine = slice(self.segments[0].start, self.segments[-1].end)
+            keys, values = keys[mine], values[mine]
         for slab, take, index in self._writes:
             for held, new in zip(slab.layers[layer], (keys, values), strict=True):
                 held[index] = new if take is None else new[take]
@@ -215,7 +222,7 @@ class KindPass:
         if reading is None or not reading.holds_for(tables, tokens):
             reading = Reading(self.slabs, tables, tokens, self.device)
             self._readings[self.kind, tokens] = reading
-        if len(members) == len(self.segments):
+        if self._alone and len(members) == len(self.segments):
             return Group(reading, members, None)
         packed = [place for segment in members for place in range(segment.start, segment.end)]
         return Group(reading, members, torch.tensor(packed, device=self.device))

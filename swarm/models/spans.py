@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -181,6 +182,7 @@ class Span:
         cache = cache or ProbeCache(self._plan, self.blocks)
         size = (1, tokens, self.hidden_size)
         numbers = torch.linspace(-1, 1, size[1] * size[2], dtype=self.dtype, device=self.device)
+        # Not one that is kept: what it calls will be replaced.
         view = _View(self._stack, self._list_name, self.blocks)
         return view.run(numbers.view(size), **{self._cache_argument: cache})
 
@@ -196,8 +198,6 @@ class Span:
             raise RemoteProtocolError(
                 ErrorCode.BAD_SPAN, f"blocks {blocks} are not held here, only {self.blocks}"
             )
-        if blocks not in self._views:
-            self._views[blocks] = _View(self._stack, self._list_name, blocks)
         return SpanCache(
             self._plan,
             blocks,
@@ -210,36 +210,36 @@ class Span:
     def run(self, steps: Sequence[SpanStep]) -> list[Tensor]:
         """One pass: every step's new tokens go through its blocks and into its cache.
 
-        Returns `[B, T, H]` per step, in order. Steps of one sub-span share a forward where the
-        family allows it. No two steps of a pass may share a cache. Input is trusted here: shapes,
-        dtypes and lengths were checked where they came in. When it raises, no cache has moved.
+        Returns `[B, T, H]` per step, in order. Where the family allows it, steps share the forward
+        of all blocks that they have in common. No two steps of a pass may share a cache. Input is
+        trusted here: shapes, dtypes and lengths were checked where they came in. When it raises, no
+        cache has moved.
         """
         results: list[Tensor | None] = [None] * len(steps)
-        groups: dict[tuple[BlockRange, int], list[int]] = {}
+        groups: dict[tuple[BlockRange | None, int], list[int]] = {}
         done = False
         try:
             for index, step in enumerate(steps):
                 if step.hidden.shape[1] == 0:
                     results[index] = step.hidden
                 elif self._shares(step):
+                    blocks = None if self.proof.can_batch else step.cache.blocks
                     planes = 2 if step.position_ids is None else step.position_ids.ndim
-                    groups.setdefault((step.cache.blocks, planes), []).append(index)
+                    groups.setdefault((blocks, planes), []).append(index)
                 else:
                     results[index] = self._run_in_pieces(step)
-            segments: dict[int, Segment] = {}
-            for (blocks, _), members in groups.items():
+            commits: list[tuple[SpanCache, Segment]] = []
+            for members in groups.values():
                 together = [steps[i] for i in members]
                 if len(members) == 1 and not self.proof.can_batch:
                     results[members[0]] = self._run_in_pieces(together[0])
                     continue
-                packed = _segments(together)
                 run = self._run_ragged if self.proof.can_batch else self._run_aligned
-                outputs = run(self._views[blocks], packed, together)
-                segments |= zip(members, packed, strict=True)
-                for index, output in zip(members, outputs, strict=True):
+                for index, (segment, output) in zip(members, run(together), strict=True):
+                    commits.append((steps[index].cache, segment))
                     results[index] = output
-            for index, segment in segments.items():
-                steps[index].cache.commit(segment.tokens, segment.mask)
+            for cache, segment in commits:
+                cache.commit(segment.tokens, segment.mask)
             done = True
         finally:
             if not done:
@@ -275,39 +275,59 @@ class Span:
             **step.extras,
         }
         accepted = {name: value for name, value in wanted.items() if name in self._accepted}
-        output = self._views[cache.blocks].run(step.hidden, **accepted)
+        output = self._view(cache.blocks).run(step.hidden, **accepted)
         cache.commit(tokens, mask)
         return output
 
-    def _run_ragged(
-        self, view: _View, segments: list[Segment], steps: list[SpanStep]
-    ) -> list[Tensor]:
-        blocks, size = steps[0].cache.blocks, self.hidden_size
-        parts = [step.hidden.reshape(1, -1, size) for step in steps]
-        hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        with RaggedPass(self.store, blocks, segments, gathers=self._gathers) as work:
-            output = view.run(
-                hidden,
-                position_ids=_packed_positions(steps, self.device),
-                past_key_values=work,
-            )
+    def _run_ragged(self, steps: list[SpanStep]) -> list[tuple[Segment, Tensor]]:
+        """Block by block where sub-spans differ: at each of their ends, some join or leave."""
+        size = self.hidden_size
+        order = sorted(range(len(steps)), key=lambda index: steps[index].cache.blocks)
+        hidden = [step.hidden.reshape(1, -1, size) for step in steps]
+        segments: dict[int, Segment] = {}
+        for piece in _pieces({step.cache.blocks for step in steps}):
+            members = [index for index in order if steps[index].cache.blocks.contains(piece)]
+            together = [steps[index] for index in members]
+            packed = _segments(together)
+            parts = [hidden[index] for index in members]
+            with RaggedPass(self.store, packed, gathers=self._gathers) as work:
+                output = self._view(piece).run(
+                    torch.cat(parts, dim=1) if len(parts) > 1 else parts[0],
+                    position_ids=_packed_positions(together, self.device),
+                    past_key_values=work,
+                )
+            for index, segment in zip(members, packed, strict=True):
+                hidden[index] = output[:, segment.start : segment.end]
+            segments |= zip(members, packed, strict=True)
         return [
-            output[0, segment.start : segment.end].view(segment.rows, segment.tokens, size)
-            for segment in segments
+            (segments[index], hidden[index].view(step.hidden.shape))
+            for index, step in enumerate(steps)
         ]
 
-    def _run_aligned(
-        self, view: _View, segments: list[Segment], steps: list[SpanStep]
-    ) -> list[Tensor]:
-        work = RectanglePass(self.store, steps[0].cache.blocks, segments)
+    def _run_aligned(self, steps: list[SpanStep]) -> list[tuple[Segment, Tensor]]:
+        segments, blocks = _segments(steps), steps[0].cache.blocks
+        work = RectanglePass(self.store, blocks, segments)
         wanted = {
             "attention_mask": work.mask.long(),
             "position_ids": _packed_positions(steps, self.device).view(-1, 1),
             self._cache_argument: work,
         }
         accepted = {name: value for name, value in wanted.items() if name in self._accepted}
-        output = view.run(torch.cat([step.hidden for step in steps]), **accepted)
-        return list(output.split([segment.rows for segment in segments]))
+        output = self._view(blocks).run(torch.cat([step.hidden for step in steps]), **accepted)
+        outputs = output.split([segment.rows for segment in segments])
+        return list(zip(segments, outputs, strict=True))
+
+    def _view(self, blocks: BlockRange) -> _View:
+        if blocks not in self._views:
+            self._views[blocks] = _View(self._stack, self._list_name, blocks)
+        return self._views[blocks]
+
+
+def _pieces(spans: set[BlockRange]) -> list[BlockRange]:
+    """The stretches between all beginnings and ends in which there is some span."""
+    cuts = sorted({edge for span in spans for edge in (span.start, span.end)})
+    pieces = [BlockRange(start, end) for start, end in itertools.pairwise(cuts)]
+    return [piece for piece in pieces if any(span.contains(piece) for span in spans)]
 
 
 def _one_by_one(step: SpanStep) -> list[SpanStep]:

@@ -111,7 +111,7 @@ def test_every_session_sees_its_own_text(
     visible = (
         causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     )
-    with RaggedPass(store, BLOCKS, segments, gathers=False) as work:
+    with RaggedPass(store, segments, gathers=False) as work:
         new = [
             torch.cat(
                 [
@@ -159,7 +159,7 @@ def test_numbers_gone_wrong_stay_with_their_session(tokens: int) -> None:
         cache.commit(past, None)
         cache.make_room(tokens)
         segments.append(Segment(cache.tables, past, len(segments) * tokens, 1, tokens))
-    with RaggedPass(store, BLOCKS, segments, gathers=False) as work:
+    with RaggedPass(store, segments, gathers=False) as work:
         new = torch.randn(2, 1, 2, 3 * tokens, DIM)
         key, value = work.update(new[0], new[1], 0)
         mask = ragged_mask(mask_function=causal_mask_function)
@@ -172,7 +172,7 @@ def test_numbers_gone_wrong_stay_with_their_session(tokens: int) -> None:
 def test_masks_that_a_model_makes_itself_are_not_guessed_at() -> None:
     query = torch.randn(1, 2, 3, DIM)
     store = KvStore({}, {}, torch.float32, torch.device("cpu"))
-    work = RaggedPass(store, BLOCKS, [], gathers=False)
+    work = RaggedPass(store, [], gathers=False)
     with work, pytest.raises(NotImplementedError):
         ragged_mask(mask_function=causal_mask_function, use_vmap=True)
     with pytest.raises(NotImplementedError):

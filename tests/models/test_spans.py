@@ -130,8 +130,8 @@ def test_sessions_that_share_passes_do_not_notice(family: str) -> None:
     """Prefill, decode, a padded batch and other sub-spans in the same passes of one span."""
     held = span(family)
     alone = span(family, can_batch=False)
-    full, late = held.blocks, BlockRange(2, 5)
-    shapes = [(full, 1), (full, 2), (late, 1), (full, 1), (late, 3)]
+    full, late, early = held.blocks, BlockRange(2, 5), BlockRange(1, 3)
+    shapes = [(full, 1), (full, 2), (late, 1), (full, 1), (late, 3), (early, 1), (early, 2)]
     shared = [held.open_cache(blocks, rows, 64) for blocks, rows in shapes]
     single = [alone.open_cache(blocks, rows, 64) for blocks, rows in shapes]
     generator = torch.Generator().manual_seed(5)
@@ -150,6 +150,20 @@ def test_sessions_that_share_passes_do_not_notice(family: str) -> None:
             real = torch.ones(got.shape[:2]) if step.padding is None else step.padding
             if got.numel():
                 assert close(got[real.bool()], expected[real.bool()])
+
+
+def test_sub_spans_share_the_blocks_that_they_have_in_common() -> None:
+    held = span("llama")
+    widths: list[list[int]] = [[] for _ in range(LAYERS)]
+    for index, layer in enumerate(cast(Any, held)._stack.layers):
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, inputs, index=index: widths[index].append(inputs[0].shape[1])
+        )
+    cuts = [(0, 3), (1, 2), (2, 5), (2, 5)]
+    caches = [held.open_cache(BlockRange(*cut), 1, 16) for cut in cuts]
+    held.run([SpanStep(cache, torch.randn(1, 1, held.hidden_size)) for cache in caches])
+    assert widths == [[1], [2], [3], [2], [2], []]
+    assert [cache.length for cache in caches] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "falcon", "gemma2", "gpt_oss", "deepseek_v3"])
