@@ -19,6 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from swarm.errors import SwarmError, UsageError
+from swarm.joining import swarm_key_of
 from swarm.models.demo import DEMO_NAME
 from swarm.types import BlockRange
 
@@ -94,8 +95,9 @@ class LocalServer:
 class LocalSwarm:
     """`with LocalSwarm(model, spans=["0:8", "8:16", "16:24"]) as swarm:` then `swarm.peers`.
 
-    A bootstrap node and one server process per span, on loopback; None is the bundled model. They
-    inherit the environment, changed by `env`; `server_args` are more arguments of `swarm-server`.
+    A bootstrap node and one server process per span, on loopback; None is the bundled model. With a
+    `swarm_key` it is private; None takes that from SWARM_KEY. The processes inherit the
+    environment, changed by `env`; `server_args` are more arguments of `swarm-server`.
     All is gone when the block ends, and when this process does, however it ends.
     """
 
@@ -112,7 +114,7 @@ class LocalSwarm:
         self.peers: list[str] = []
         self.servers: list[LocalServer] = []
         self._spans = [BlockRange.parse(span) for span in spans]
-        self._key = swarm_key if isinstance(swarm_key, str | None) else swarm_key.text()
+        self._key = swarm_key_of(swarm_key)  # as clients read it, or they would not get in
         self._server_args = [str(model or DEMO_NAME), "--dtype", dtype, *server_args]
         self._env = _environment(env or {})
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -200,7 +202,7 @@ class LocalSwarm:
         if self._key is not None:
             from swarm.identity import write_secret
 
-            write_secret(self._folder / "swarm.key", self._key.encode())
+            write_secret(self._folder / "swarm.key", self._key.text().encode())
             in_private = ["--swarm-key", str(self._folder / "swarm.key")]
             arguments += in_private
             self._server_args += in_private

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import logging
+import os
 import re
 import signal
 import socket
@@ -117,6 +118,7 @@ def test_a_gated_repo_without_a_token(
         ("chat", "give --peers or set SWARM_PEERS"),
         (f"status --peers {NOBODY}", "no peers reachable at"),
         ("demo --tokens 2", "'2' is no whole number from 4 to 1500"),
+        ("demo --prompt " + "x" * 501, "--prompt is too long for the small model"),
         ("key old", "choose from"),
         ("key new --out /no/such/folder/key", "choose another --out"),
         ("dht --identity /dev/null/x --host 127.0.0.1", "choose another"),
@@ -196,11 +198,11 @@ def test_a_bootstrap_node_has_a_lasting_identity_and_leaves_politely(tmp_path: P
 
 
 @contextmanager
-def demo(*arguments: str) -> Generator[subprocess.Popen[str]]:
+def demo(*arguments: str, **environment: str) -> Generator[subprocess.Popen[str]]:
     """`swarm demo`, whose output is a pipe: lines without colours."""
     command = [sys.executable, "-m", "swarm", "demo", *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
+    with subprocess.Popen(command, env=os.environ | environment, **pipes) as process:
         try:
             yield process
         finally:
@@ -208,7 +210,9 @@ def demo(*arguments: str) -> Generator[subprocess.Popen[str]]:
 
 
 def test_the_demo_survives_is_exact_and_stays_if_asked() -> None:
-    with demo("--tokens", "24", "--seed", "3", "--keep") as process:
+    """Also with the key of a private swarm in the environment."""
+    key = SwarmKey.generate().text()
+    with demo("--tokens", "24", "--seed", "3", "--keep", SWARM_KEY=key) as process:
         assert process.stdout is not None
         lines: list[str] = []
         while not lines or lines[-1].strip() != "swarm chat":
@@ -227,6 +231,13 @@ def test_the_demo_survives_is_exact_and_stays_if_asked() -> None:
     assert before[1].partition(": ")[2] != after[1].partition(": ")[2]
     assert any(line.endswith("is killed") for line in lines)
     assert lines[-1] == "identical: yes (24 tokens, against the model in one piece)"
+
+
+def test_a_demo_that_cannot_begin_says_why() -> None:
+    with demo(SWARM_KEY="/no/such/file") as process:
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch("swarm: swarm key file .*; make one with `swarm key new`\n", errors)
 
 
 def test_ctrl_c_ends_the_demo_quietly() -> None:

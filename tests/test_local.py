@@ -93,9 +93,11 @@ class Chat:
         step, put = RemoteSession.step, TextStreamer.put
         shown: list[Any] = []
 
-        async def spied(session: RemoteSession, hidden: torch.Tensor, *inputs: Any) -> Any:
+        async def spied(
+            session: RemoteSession, hidden: torch.Tensor, *inputs: Any, **more: Any
+        ) -> Any:
             self.sent.append(hidden.shape[1])
-            return await step(session, hidden, *inputs)
+            return await step(session, hidden, *inputs, **more)
 
         def pressed(screen: TextStreamer, value: Any) -> None:
             put(screen, value)

@@ -22,6 +22,7 @@ from swarm.cli.common import (
     start_logging,
     whole,
 )
+from swarm.errors import SwarmError, UsageError
 from swarm.local import LocalServer, LocalSwarm
 from swarm.models.demo import DEMO_MODEL, DEMO_NAME
 
@@ -44,6 +45,7 @@ The exit status is 1 if the texts are not identical.
 # Two servers hold the middle: one of them will be killed. A process more costs 3 s to start here.
 _SPANS = ("0:8", "8:16", "8:16", "16:24")
 _PROMPT = "And it came to pass in those days, that"
+_MOST_PROMPT = 500  # bytes, each a token at most; the model takes 2,048 with those that it writes
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
@@ -69,12 +71,15 @@ def demo(argv: Sequence[str]) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the swarm running at the end")
     add_verbose(parser)
     arguments = parser.parse_args(argv)
+    if len(arguments.prompt.encode()) > _MOST_PROMPT:
+        raise UsageError(f"--prompt is too long for the small model: at most {_MOST_PROMPT} bytes")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share few cores: this one as well
     start_logging(arguments.verbose, quiet=logging.ERROR)  # the failure is part of the show
     from rich.console import Console
 
     console = Console(highlight=False)
     show, count = _Show(console), len(_SPANS)
+    local = LocalSwarm(spans=_SPANS, dtype="float32")
     importing = threading.Thread(target=_import, name="swarm-import", daemon=True)
     importing.start()
     began = time.monotonic()
@@ -82,13 +87,16 @@ def demo(argv: Sequence[str]) -> int:
         with ExitStack() as stack:
             show.line(f"starting {count + 1} processes")
             with console.status("they load"):
-                swarm = stack.enter_context(LocalSwarm(spans=_SPANS, dtype="float32"))
+                swarm = stack.enter_context(local)
                 importing.join()
             seconds = time.monotonic() - began
             show.line(f"{count} servers of {DEMO_NAME} are up, each a process ({seconds:.1f} s)")
             identical = _perform(swarm, show, arguments)
             if arguments.keep:
                 _keep(swarm, show)
+    except SwarmError:
+        importing.join()  # torch aborts a process that ends while it loads
+        raise
     except KeyboardInterrupt:  # the swarm is closed; torch must not be disturbed while it loads
         os._exit(INTERRUPTED)
     return 0 if identical else 1
