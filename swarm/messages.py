@@ -139,6 +139,7 @@ class Step(_Frozen):
     allow-listed name (`position_ids` int64, `padding` bool with True for real tokens).
     Before computing: crop the cache to `crop_to`, then let row i continue row `reorder[i]`.
     `push` allows the output to travel on to the next hop; `quiet` spares the client its copy.
+    The last hop, whose session has no next one, answers with the last `keep` positions (None: all).
     """
 
     kind: Literal["step"] = "step"
@@ -151,13 +152,14 @@ class Step(_Frozen):
     reorder: Rows | None = None
     push: bool = True
     quiet: bool = False
+    keep: Position | None = None
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
 
 
 class Output(_Frozen):
     """Server to client: what a step became, [B, T, H]; a copy if it was also `pushed` onwards.
 
-    After a `quiet` step `hidden` is [B, 0, H].
+    After a `quiet` step `hidden` is [B, 0, H], from the last hop [B, keep, H] if fewer are wanted.
     """
 
     kind: Literal["output"] = "output"

@@ -236,7 +236,8 @@ def test_a_client_written_from_the_document_generates_as_one_machine_does(
         assert (copy["kind"], copy["step"], copy["pushed"]) == ("output", step, True)
         assert (answer["kind"], answer["step"]) == ("output", step)
         assert not answer.get("pushed")
-        assert answer["hidden"]["shape"] == list(hidden.shape)
+        assert copy["hidden"]["shape"] == list(hidden.shape)
+        assert answer["hidden"]["shape"][1] == min(end - start, more.get("keep", end))
         return model.lm_head(model.model.norm(tokens(answer["hidden"])))[0]
 
     expected = model(ids).logits[0]
@@ -245,7 +246,7 @@ def test_a_client_written_from_the_document_generates_as_one_machine_does(
         server.send(kind="sync", epoch=1)
         synced = {"kind": "synced", "epoch": 1, "position": 5, "last_step": 1}
         assert server.receive() == synced
-    got.append(through(7, 3, 6, epoch=1, crop_to=3)[2:])
+    got.append(through(7, 3, 6, epoch=1, crop_to=3, keep=1))
     torch.testing.assert_close(torch.cat(got), expected, atol=1e-4, rtol=0)
 
     zeros = tensor(torch.zeros(1, 1, model.config.hidden_size))

@@ -109,6 +109,8 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         reorder=st.none()
         | st.lists(st.integers(0, messages.MAX_BATCH - 1), min_size=1, max_size=99).map(tuple),
         push=st.booleans(),
+        quiet=st.booleans(),
+        keep=st.none() | positions,
         deadline_ms=st.integers(1, 86_400_000),
     ),
     Output: st.builds(

@@ -28,16 +28,26 @@ class Work:
     reorder: Sequence[int] | None = None
     priority: int = 5
     deadline: float = 60.0  # seconds that it may wait for the device and be computed
+    keep: int | None = None  # of the output, only so many positions at its end
     outputs: list[torch.Tensor] = field(default_factory=list)
     compute_ms: float = 0.0
 
+    def wanted(self, piece: Slice) -> slice:
+        """The part of a slice's output that is of use."""
+        unwanted = 0 if self.keep is None else self.hidden.shape[1] - self.keep
+        return slice(max(0, unwanted - piece.begin), None)
+
     def result(self) -> torch.Tensor:
-        """[B, T, H] on the CPU."""
+        """[B, T, H] (or [B, keep, H]) on the CPU."""
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
 
 
 Failures = dict[int, RemoteProtocolError | OutOfPages]
 """Why works failed, by key. One without pages can be run again from where its slice began."""
+
+
+Run = tuple[SpanStep, slice]
+"""A slice of a step, and the part of its output that is of use."""
 
 
 class Backend:
@@ -52,14 +62,16 @@ class Backend:
     def run(self, slices: Sequence[Slice], works: Mapping[int, Work]) -> Failures:
         """Compute one pass; outputs land in the works. Returns why works failed, by key."""
         failures: Failures = {}
-        ready: list[tuple[Slice, SpanStep]] = []
+        pieces: list[Slice] = []
+        ready: list[Run] = []
         for piece in slices:
             work = works[piece.key]
             try:
                 if piece.begin == 0:
                     self._rearrange(work)
                 work.cache.make_room(piece.end - piece.begin)
-                ready.append((piece, self._step(work, piece)))
+                ready.append((self._step(work, piece), work.wanted(piece)))
+                pieces.append(piece)
             except OutOfPages as error:
                 failures[piece.key] = error
             except CannotRewind as error:
@@ -72,24 +84,23 @@ class Backend:
         self.shared_passes += len(ready) > 1
         self.steps += len(ready)
         outputs = self._compute(ready)
-        for (piece, _), output in zip(ready, outputs, strict=True):
+        for piece, output in zip(pieces, outputs, strict=True):
             if isinstance(output, RemoteProtocolError):
                 failures[piece.key] = output
             else:
                 works[piece.key].outputs.append(output)
         return failures
 
-    def _compute(
-        self, ready: Sequence[tuple[Slice, SpanStep]]
-    ) -> list[torch.Tensor | RemoteProtocolError]:
+    def _compute(self, ready: Sequence[Run]) -> list[torch.Tensor | RemoteProtocolError]:
         proof = self.span.proof
         if len(ready) > 1 and not (proof.can_batch or proof.can_align):
             # One after the other anyway: then one that fails cannot harm those before it.
             return [result for item in ready for result in self._compute([item])]
-        steps = [step for _, step in ready]
+        steps = [step for step, _ in ready]
         lengths = [step.cache.length for step in steps]
         try:
-            return [output.to("cpu") for output in self.span.run(steps)]
+            outputs = zip(self.span.run(steps), ready, strict=True)
+            return [output[:, wanted].to("cpu") for output, (_, wanted) in outputs]
         # Whatever torch throws here is our defect or lack of memory: it must cost only the
         # session that causes it, so each step is tried again alone.
         except Exception as error:
@@ -99,7 +110,7 @@ class Backend:
         results: list[torch.Tensor | RemoteProtocolError] = []
         for item, length in zip(ready, lengths, strict=True):
             try:
-                item[1].cache.crop(length)
+                item[0].cache.crop(length)
             except CannotRewind:
                 results.append(RemoteProtocolError(ErrorCode.INTERNAL, "a shared pass failed"))
                 continue

@@ -249,7 +249,7 @@ class Handler:
             window=limits.window,
             timeout=limits.send_timeout,
         )
-        guest = Guest(client, opening.priority, opening.codec)
+        guest = Guest(client, opening.priority, opening.codec, is_last=opening.next is None)
         return Session(guest, ledger, cache, pusher, self._house)
 
     def _cache(self, opening: Open) -> SpanCache:

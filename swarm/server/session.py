@@ -56,6 +56,7 @@ class Guest:
     client: str
     priority: int
     codec: Codec
+    is_last: bool  # nobody is to be pushed to: what is not for the client is for nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,7 @@ class Session:
             reorder=step.reorder,
             priority=self._guest.priority,
             deadline=step.deadline_ms / 1000,
+            keep=step.keep if self._guest.is_last else None,
         )
         self._ledger.applied(step)  # or the session ends
         work = await self._house.executor.submit(work)

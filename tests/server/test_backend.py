@@ -77,3 +77,17 @@ def test_a_step_that_is_run_again_is_rearranged_once(span: Span) -> None:
     span.run([SpanStep(fresh, text[[1, 0], :4])])
     expected = span.run([SpanStep(fresh, step.hidden)])[0]
     assert torch.allclose(step.result(), expected, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("keep", [0, 1, 3, 5, 99])
+def test_only_what_is_wanted_leaves_the_device(span: Span, keep: int) -> None:
+    """However a step is cut into passes."""
+    text = text_of(span, 7)
+    expected = span.run([SpanStep(span.open_cache(BLOCKS, 1, 8), text)])[0]
+    backend, step = Backend(span), work(1, span.open_cache(BLOCKS, 1, 8), text)
+    step.keep = keep
+    for begin, end in ((0, 3), (3, 5), (5, 7)):
+        assert not backend.run([Slice(1, begin, end, last=end == 7)], {1: step})
+    assert step.result().shape[1] == min(keep, 7)
+    assert torch.allclose(step.result(), expected[:, max(0, 7 - keep) :], atol=1e-5)
