@@ -40,6 +40,7 @@ DOORS = {
 PURE = {
     "swarm/protocol.py",
     "swarm/dht/validation.py",
+    "swarm/client/pace.py",
     "swarm/client/peers.py",
     "swarm/client/routing.py",
     "swarm/server/memory.py",

@@ -57,8 +57,8 @@ class Decoder:
         """
         turn = await self._turn(text, None, remote.position)
         while turn.embedded is not None:
-            output = await remote.step(turn.embedded)
-            turn = await self._turn(text, output[:, -1:], remote.position)
+            output = await remote.step(turn.embedded, keep=1)
+            turn = await self._turn(text, output, remote.position)
             if take is not None and turn.token is not None:
                 shown = take(turn.token)
                 if shown is not None:

@@ -18,6 +18,7 @@ from swarm.client.remote import (
     RemoteBlocks,
     RemoteCache,
     active_session,
+    kept_positions,
     watched_blocks,
 )
 from swarm.client.turns import finish, resume
@@ -132,6 +133,16 @@ def _with_hidden_states(
     return result
 
 
+def _needed(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Of how many last positions the family's forward uses what the blocks give; None: of all."""
+    keep, ids = kwargs.get("logits_to_keep"), args[0] if args else kwargs.get("input_ids")
+    if not isinstance(keep, int) or keep < 1 or not isinstance(ids, Tensor) or ids.shape[1] <= keep:
+        return None
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
+    # One is the stand-in's own; others may look at positions whose logits nobody wants.
+    return keep if sum(map(len, hooks)) <= 1 and not model.config.output_hidden_states else None
+
+
 def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """`base` with sessions for caches; its name is the family's own, with Distributed before."""
 
@@ -146,7 +157,8 @@ def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             return _with_hidden_states(self, base.forward, args, kwargs)
         if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = RemoteCache(self.inference_session())
-        return base.forward(self, *args, **kwargs)
+        with kept_positions(_needed(self, args, kwargs)):
+            return base.forward(self, *args, **kwargs)
 
     mixin = GeneratingMixin if base.can_generate() else DistributedMixin
     body = {"__module__": base.__module__, "forward": forward}

@@ -7,13 +7,14 @@ import secrets
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swarm.client.hop import Hop, Terms
+from swarm.client.pace import Pace
 from swarm.client.route import Router
 from swarm.client.session import RemoteSession
 from swarm.config import ClientConfig
@@ -32,6 +33,7 @@ _active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVa
 _watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
     "swarm_hidden_states", default=None
 )
+_kept: contextvars.ContextVar[int | None] = contextvars.ContextVar("swarm_kept", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Connection:
     transport: Transport
     access: Access
     config: ClientConfig
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def loop(self) -> BackgroundLoop:
@@ -55,7 +58,9 @@ class Connection:
             max_length=max_length,
             trace_id=secrets.token_hex(8),
         )
-        return RemoteSession(blocks, terms, self.router, self.transport, self.access, self.config)
+        return RemoteSession(
+            blocks, terms, self.router, self.transport, self.access, self.config, self.pace
+        )
 
 
 class InferenceSession:
@@ -119,15 +124,17 @@ class InferenceSession:
         *,
         position_ids: Tensor | None = None,
         padding: Tensor | None = None,
+        keep: int | None = None,
     ) -> Tensor:
         """New hidden states `[B, T, H]` through all blocks; the result has the same shape.
 
         `position_ids` is int64 `[B, T]` (or `[3 | 4, B, T]`), None counts on; `padding` is
-        `[B, T]` with 1 for real tokens. Raises NoRoute, SessionClosed.
+        `[B, T]` with 1 for real tokens. With `keep` only so many positions come back, the last
+        ones, which spares the link the others. Raises NoRoute, SessionClosed.
         """
         remote = self.remote(hidden_states.shape[0])
         inputs = _inputs(self.position, hidden_states, position_ids, padding)
-        output = self._connection.loop.call(remote.step(hidden_states, inputs))
+        output = self._connection.loop.call(remote.step(hidden_states, inputs, keep))
         return output.to(hidden_states.device, hidden_states.dtype)
 
     def remote(self, rows: int) -> RemoteSession:
@@ -261,8 +268,9 @@ class RemoteBlocks(nn.Module):
         if attention_mask is not None:  # of the new tokens alone, of which there may be none
             padding = attention_mask[:, attention_mask.shape[1] - tokens :]
         if isinstance(past_key_values, RemoteCache):
-            session = past_key_values.session
-            return session.step(hidden, position_ids=position_ids, padding=padding)
+            session, keep = past_key_values.session, _kept.get()
+            output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
+            return _at_end(output, tokens)
         states = _watched.get()
         if states is None:
             return self._pass(hidden, position_ids, padding)
@@ -273,11 +281,28 @@ class RemoteBlocks(nn.Module):
 
     def _pass(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Tensor:
         """Through all blocks, over a session that is used once."""
-        session = self.inference_session(max_length=max(1, hidden.shape[1]))
+        session, keep = self.inference_session(max_length=max(1, hidden.shape[1])), _kept.get()
         try:
-            return session.step(hidden, position_ids=position_ids, padding=padding)
+            output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
+            return _at_end(output, hidden.shape[1])
         finally:
             session.close()
+
+
+def _at_end(output: Tensor, tokens: int) -> Tensor:
+    """`[B, T, H]` with zeros before the positions that came back."""
+    missing = tokens - output.shape[1]
+    return torch.nn.functional.pad(output, (0, 0, missing, 0)) if missing > 0 else output
+
+
+@contextmanager
+def kept_positions(count: int | None) -> Generator[None]:
+    """Inside, what remote blocks give is right in the last `count` positions only (None: all)."""
+    token = _kept.set(count)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 @contextmanager

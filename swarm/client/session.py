@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -18,16 +17,17 @@ import torch
 
 from swarm.client.history import History, InputHistory
 from swarm.client.hop import Hop, Terms
+from swarm.client.pace import Pace
 from swarm.client.route import Interrupted, Route, Router, Silent
 from swarm.client.steps import (
     Bell,
+    Cutter,
     Pending,
     Sent,
     check_memory,
     check_step,
-    chunks_of,
-    keep,
     problem_with,
+    store,
 )
 from swarm.config import ClientConfig
 from swarm.errors import (
@@ -42,7 +42,6 @@ from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
 from swarm.tensors import TORCH_DTYPES, to_frame
 from swarm.transport import Transport
 from swarm.types import BlockRange
-from swarm.wire import MAX_FRAME_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class RemoteSession:
         transport: Transport,
         access: Access,
         config: ClientConfig,
+        pace: Pace,
     ) -> None:
         self.blocks = blocks
         self.position = 0
@@ -73,7 +73,7 @@ class RemoteSession:
         self._sent: dict[int, Sent] = {}  # by number, oldest first
         self._histories: dict[int, History] = {blocks.start: History()}
         self._inputs = InputHistory(terms.batch_size)
-        self._starts: list[int] = []  # of all steps, where replays must cut as they did
+        self._cutter = Cutter(terms, config.chunk_bytes, pace)
         self._reorder: tuple[int, ...] | None = None
         self._pending: Pending | None = None
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
@@ -102,23 +102,28 @@ class RemoteSession:
         self._reorder = tuple(rows) if before is None else tuple(before[row] for row in rows)
 
     async def step(
-        self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor] | None = None
+        self,
+        hidden: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor] | None = None,
+        keep: int | None = None,
     ) -> torch.Tensor:
         """Hidden states [B, T, H] of the next T positions, through all blocks of the session.
 
-        `inputs` are of `protocol.INPUTS`, each [B, T, ...]. Raises UsageError, SessionClosed, and
+        `inputs` are of `protocol.INPUTS`, each [B, T, ...]. Of the result only the last `keep`
+        positions come back (None or 0: all). Raises UsageError, SessionClosed, and
         NoRoute when blocks stay missing for `timeouts.recovery` seconds.
         """
         async with self._lock:
             self._check_open()
             if hidden.shape[1] == 0:
                 return hidden
-            await self._begin(hidden, inputs or {})
+            await self._begin(hidden, inputs or {}, keep)
             assert self._pending is not None
             try:
                 await self._finish(self._pending)
                 self.position = self._pending.end
-                return self._pending.answer.read(self._pending.start, self._pending.end)
+                answer = self._pending.answer.read(self._pending.wanted, self._pending.end)
+                return answer[:, -keep:] if keep else answer
             except BaseException:
                 # The position stays; what servers computed beyond it is cropped by the next step.
                 self._trouble = "the last step was not finished"
@@ -139,7 +144,9 @@ class RemoteSession:
 
     # Steps -------------------------------------------------------------------------------------
 
-    async def _begin(self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> None:
+    async def _begin(
+        self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor], keep: int | None
+    ) -> None:
         start, end = self.position, self.position + hidden.shape[1]
         held = sum(history.nbytes for history in (*self._histories.values(), self._inputs))
         check_step(hidden, inputs, end, self._terms)
@@ -162,10 +169,10 @@ class RemoteSession:
         frame = to_frame(hidden.to(dtype), self._terms.codec)
         self._histories[self.blocks.start].add(start, frame)
         self._inputs.append(start, hidden.shape[1], inputs)
-        if self._terms.whole_steps:
-            del self._starts[bisect_left(self._starts, start) :]
-            self._starts.append(start)
-        self._pending = Pending(start, end, frame, self._reorder, next(self._numbers))
+        self._cutter.begin(start)
+        # What need not be answered may be computed apart, which whole steps must not be.
+        wanted = start if self._terms.whole_steps else max(start, end - (keep or end))
+        self._pending = Pending(start, end, wanted, frame, self._reorder, next(self._numbers))
         self._reorder = None
 
     async def _settle(self, start: int) -> None:
@@ -208,7 +215,7 @@ class RemoteSession:
         first = self.hops[0]
         return first.position >= pending.start and all(
             hop.position == first.position
-            and self._lacks_reorder(hop, pending) == self._lacks_reorder(first, pending)
+            and pending.is_new_to(hop) == pending.is_new_to(first)
             and border.length >= pending.start
             for hop, border in zip(self.hops, self._borders(pending), strict=True)
         )
@@ -217,19 +224,22 @@ class RemoteSession:
         """Send to the first hop; each hop pushes to the next, and the last one answers."""
         self._flowing = True
         first = self.hops[0]
-        chunks = self._chunks(pending.start, pending.end, self.hops)
-        window = min(hop.window for hop in self.hops)
-        for index, (begin, end) in enumerate(chunks):
-            if index >= window:
-                await self._wait(self.hops[-1], chunks[index - window][1])
+        flight = self._cutter.flight(pending, self.hops)
+        window, ends = min(hop.window for hop in self.hops), list[int]()
+        for begin, end in self._cutter.pieces(pending.start, pending.end, self.hops):
+            if len(ends) >= window:
+                await self._wait(self.hops[-1], ends[-window])
             if len(self._sent) >= 2 * window:  # copies come more slowly than answers
                 await self._until(lambda: len(self._sent) < 2 * window)
-            step = self._make_step(first, pending, begin, end, opening=index == 0)
-            if index == 0:
+            step = self._make_step(first, pending, begin, end, opening=not ends)
+            if not ends:
                 for hop in self.hops:
                     hop.position = begin
-            self._sent[step.step] = Sent(step, set(self.hops), end)
+            self._sent[step.step] = Sent(step, set(self.hops), end, flight)
             first.send(step)
+            ends.append(end)
+            if flight is not None:
+                flight.left(asyncio.get_running_loop().time())
         await self._wait(self.hops[-1], pending.end)  # an answer of an older epoch is not enough
 
     async def _refill(self, pending: Pending) -> None:
@@ -240,15 +250,18 @@ class RemoteSession:
             if begin >= pending.end:
                 continue
             # What the border holds already is computed for the server's cache only, quietly.
-            chunks = self._chunks(begin, known, [hop]) + self._chunks(known, pending.end, [hop])
-            for index, (low, high) in enumerate(chunks):
-                if index >= hop.window:
-                    await self._wait(hop, chunks[index - hop.window][1])
-                step = self._make_step(hop, pending, low, high, opening=index == 0)
+            parts, ends = ((begin, known), (known, pending.end)), list[int]()
+            for low, high in itertools.chain(
+                *(self._cutter.pieces(*part, [hop]) for part in parts)
+            ):
+                if len(ends) >= hop.window:
+                    await self._wait(hop, ends[-hop.window])
+                step = self._make_step(hop, pending, low, high, opening=not ends)
                 step = step.model_copy(update={"push": False, "quiet": high <= known})
-                hop.position = low if index == 0 else hop.position
+                hop.position = hop.position if ends else low
                 self._sent[step.step] = Sent(step, {hop}, high)
                 hop.send(step)
+                ends.append(high)
             await self._wait(hop, pending.end)
 
     def _make_step(
@@ -265,30 +278,14 @@ class RemoteSession:
             hidden=hidden,
             inputs={name: to_frame(t) for name, t in self._inputs.read(begin, end).items()},
             crop_to=begin if opening and hop.position > begin else None,
-            reorder=pending.reorder if opening and self._lacks_reorder(hop, pending) else None,
+            reorder=pending.reorder if opening and pending.is_new_to(hop) else None,
+            keep=pending.keep(begin, end),
             deadline_ms=max(1, int(self._config.timeouts.step * 1000)),
         )
-
-    def _chunks(self, begin: int, end: int, hops: Sequence[Hop]) -> list[tuple[int, int]]:
-        if end - begin == 1:
-            return [(begin, end)]
-        most, room = min(hop.max_step_tokens for hop in hops), self._config.chunk_bytes
-        if not self._terms.whole_steps:
-            return chunks_of(begin, end, self._terms, most, room, len(hops))
-        starts = self._starts[bisect_right(self._starts, begin) : bisect_left(self._starts, end)]
-        return [
-            chunk
-            for low, high in itertools.pairwise([begin, *starts, end])
-            for chunk in chunks_of(low, high, self._terms, most, MAX_FRAME_BYTES // 2)
-        ]
 
     def _borders(self, pending: Pending) -> list[History]:
         """For every hop, where its outputs are kept."""
         return [self._histories[hop.blocks.start] for hop in self.hops[1:]] + [pending.answer]
-
-    @staticmethod
-    def _lacks_reorder(hop: Hop, pending: Pending) -> bool:
-        return pending.reorder is not None and hop.last_step < pending.first_number
 
     async def _wait(self, hop: Hop, end: int) -> None:
         await self._until(lambda: hop.position >= end)
@@ -325,7 +322,7 @@ class RemoteSession:
         border = pending and pending.answer
         if following is not None:
             border = self._histories[following.blocks.start]
-        problem = problem_with(output, sent, border)
+        problem = problem_with(output, sent, border, is_last=following is None)
         if problem is not None:
             hop.lose(RemoteProtocolError(ErrorCode.BAD_TENSOR, problem))
             self.on_lost(hop)
@@ -334,7 +331,7 @@ class RemoteSession:
         if not sent.awaited:
             del self._sent[step.step]
         if border is not None and output.hidden.shape[1]:
-            keep(border, sent, output.hidden)
+            store(border, sent, output.hidden)
         if output.epoch == self._epoch:  # else `synced` has counted it, and perhaps it was cropped
             for reached in hops[: index + 1] if self._flowing else [hop]:
                 reached.position = max(reached.position, end)
@@ -342,6 +339,8 @@ class RemoteSession:
             pushed = output.pushed and hop.pushes_to is not None
             if self._flowing and following is not None and not pushed and not self._trouble:
                 following.send(step.model_copy(update={"hidden": output.hidden}))
+        if sent.flight is not None:
+            sent.arrived(index, output, asyncio.get_running_loop().time())
         self._router.worked(hop.peer_id, end - begin, output.compute_ms / 1e3, len(hop.blocks))
         self._bell.ring()
 

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
+from itertools import chain, pairwise
 
 import torch
 
 from swarm.client.history import History
 from swarm.client.hop import Hop, Terms
+from swarm.client.pace import Flight, Leg, Pace, Piece
 from swarm.client.route import Silent
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
 from swarm.messages import MAX_TOKENS, Output, Step, TensorFrame
 from swarm.protocol import INPUTS
 from swarm.tensors import DTYPE_NAMES, from_frame
-from swarm.types import DTYPE_BYTES
+from swarm.types import DTYPE_BYTES, mxint8_bytes
 from swarm.wire import MAX_FRAME_BYTES
 
 _INPUTS_BYTES = 64  # of positions and padding, per token
 _WORDS_BYTES = 1 << 14  # room in a frame for all the rest
-# Of 1,024 tokens through three servers on two cores, pieces of 128 came back first: those of 256
-# left servers idle at both ends, those of 32 were slow to compute (docs/benchmarks.md, prefill).
-_PIECES_PER_HOP = 3
-_PIECE_TOKENS = 64  # of all rows; smaller ones only where frames have no room
 
 
 @dataclass(slots=True)
@@ -34,13 +32,22 @@ class Pending:
 
     start: int
     end: int
+    wanted: int  # from here on what comes behind the last block is of use
     hidden: TensorFrame  # all of it
     reorder: tuple[int, ...] | None
     first_number: int
     answer: History = field(init=False)
 
     def __post_init__(self) -> None:
-        self.answer = History(base=self.start)
+        self.answer = History(base=self.wanted)
+
+    def is_new_to(self, hop: Hop) -> bool:
+        """There is a reorder that the hop has not applied."""
+        return self.reorder is not None and hop.last_step < self.first_number
+
+    def keep(self, begin: int, end: int) -> int | None:
+        """How much the last hop is to answer of a piece; None: all."""
+        return max(0, end - self.wanted) if begin < self.wanted else None
 
 
 @dataclass(slots=True)
@@ -50,6 +57,14 @@ class Sent:
     step: Step
     awaited: set[Hop]
     until: int  # outputs from here on are not wanted any more
+    flight: Flight | None = None  # whose piece it is
+
+    def arrived(self, hop: int, output: Output, now: float) -> None:
+        """Let later pieces know how this one fared."""
+        assert self.flight is not None
+        rows, tokens, _ = self.step.hidden.shape
+        size, crowded = len(self.step.hidden.data), output.load.queue > 0
+        self.flight.arrived(hop, Piece(rows * tokens, size, output.compute_ms / 1e3, crowded), now)
 
 
 class Bell:
@@ -127,43 +142,89 @@ def check_memory(held: int, config: ClientConfig) -> None:
         )
 
 
-def chunks_of(
-    begin: int, end: int, terms: Terms, most: int, chunk_bytes: int, pipelined: int = 1
-) -> list[tuple[int, int]]:
-    """Pieces of `[begin, end)` that may travel as one step; none if it is empty.
+class Cutter:
+    """Into which pieces the steps of a session are cut; they are made when they are asked for."""
 
-    Of at most `most` tokens (over all rows) and about `chunk_bytes`. If they go through several
-    hops, they are small enough for all of them to work at the same time.
-    """
-    rows = terms.batch_size
-    width = max(1, min(most, chunk_bytes // _row_bytes(terms)) // rows)
-    if pipelined > 1:
-        overlapping = ceil((end - begin) / (_PIECES_PER_HOP * pipelined))
-        width = min(width, max(overlapping, _PIECE_TOKENS // rows))
-    return [(low, min(end, low + width)) for low in range(begin, end, width)]
+    def __init__(self, terms: Terms, chunk_bytes: int, pace: Pace) -> None:
+        self._terms = terms
+        self._most = chunk_bytes // _row_bytes(terms)  # rows x positions
+        self._pace = pace
+        self._starts: list[int] = []  # of whole steps: replays must cut where they began
+
+    def begin(self, start: int) -> None:
+        """A new step; later ones never were."""
+        if self._terms.whole_steps:
+            del self._starts[bisect_left(self._starts, start) :]
+            self._starts.append(start)
+
+    def pieces(self, begin: int, end: int, hops: Sequence[Hop]) -> Iterator[tuple[int, int]]:
+        """Parts of `[begin, end)` that may travel as one step each; none if it is empty."""
+        if end - begin == 1:
+            return iter([(begin, end)])
+        rows, route = self._terms.batch_size, _legs(hops)
+        most = min(hop.max_step_tokens for hop in hops)
+        if self._terms.whole_steps:
+            return self._whole(begin, end, most // rows)
+        most, size = min(most, self._most) // rows, _wire_bytes(self._terms)
+        return _cut(begin, end, lambda: min(most, self._pace.width(route, end - begin, rows, size)))
+
+    def _whole(self, begin: int, end: int, most: int) -> Iterator[tuple[int, int]]:
+        cuts = self._starts[bisect_right(self._starts, begin) : bisect_left(self._starts, end)]
+        most = min(most, MAX_FRAME_BYTES // 2 // _row_bytes(self._terms) // self._terms.batch_size)
+        return chain(*(_cut(*pair, lambda: most) for pair in pairwise([begin, *cuts, end])))
+
+    def flight(self, pending: Pending, hops: Sequence[Hop]) -> Flight | None:
+        """By which the next pieces learn from those before; a single position teaches nothing."""
+        return Flight(self._pace, _legs(hops)) if pending.end > pending.start + 1 else None
 
 
-def keep(border: History, sent: Sent, frame: TensorFrame) -> None:
+def _cut(begin: int, end: int, width: Callable[[], int]) -> Iterator[tuple[int, int]]:
+    while begin < end:
+        low, begin = begin, min(end, begin + max(1, width()))
+        yield low, begin
+
+
+def _legs(hops: Sequence[Hop]) -> list[Leg]:
+    return [(hop.peer_id, len(hop.blocks)) for hop in hops]
+
+
+def store(border: History, sent: Sent, frame: TensorFrame) -> None:
     """Put what a step became where it belongs, as far as it is still wanted."""
-    start, tokens = sent.step.start, sent.until - sent.step.start
+    start = _end(sent.step) - frame.shape[1]
+    tokens = sent.until - start
     if tokens >= frame.shape[1]:
         border.add(start, frame)
     elif tokens > 0:
         border.append(start, from_frame(frame)[:, :tokens])
 
 
-def problem_with(output: Output, sent: Sent, border: History | None) -> str | None:
+def problem_with(
+    output: Output, sent: Sent, border: History | None, *, is_last: bool
+) -> str | None:
     """Why an output cannot be what we asked for; `border` is where it would be kept."""
     step = sent.step
     rows, tokens, size = step.hidden.shape
-    wanted = (rows, 0 if step.quiet else tokens, size)
-    if output.hidden.shape != wanted or output.hidden.dtype != step.hidden.dtype:
+    if is_last and step.keep is not None:
+        tokens = min(step.keep, tokens)
+    if step.quiet:
+        tokens = 0
+    if output.hidden.shape != (rows, tokens, size) or output.hidden.dtype != step.hidden.dtype:
         return f"answered {output.hidden.dtype}{list(output.hidden.shape)}"
-    wanted_yet = border is not None and not step.quiet and step.start < sent.until
-    if border is not None and wanted_yet and step.start > border.length:
-        return f"answered position {step.start} before {border.length}"
+    start = _end(step) - tokens
+    if border is not None and tokens and border.length < start < sent.until:
+        return f"answered position {start} before {border.length}"
     return None
 
 
+def _end(step: Step) -> int:
+    return step.start + step.hidden.shape[1]
+
+
 def _row_bytes(terms: Terms) -> int:
+    """Of one position of one row, before any codec."""
     return terms.hidden_size * DTYPE_BYTES[terms.numerics.dtype]
+
+
+def _wire_bytes(terms: Terms) -> int:
+    """The same on a link."""
+    return _row_bytes(terms) if terms.codec == "none" else mxint8_bytes((terms.hidden_size,))

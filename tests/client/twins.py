@@ -73,15 +73,19 @@ class Twin:
     def __exit__(self, *_: object) -> None:
         self.session.close()
 
-    def step(self, tokens: int = 1, padding: torch.Tensor | None = None) -> None:
+    def step(
+        self, tokens: int = 1, padding: torch.Tensor | None = None, keep: int | None = None
+    ) -> None:
         """New random hidden states of `tokens` positions through both; they agree within 1e-4."""
         shape = (self.batch, tokens, self.span.hidden_size)
         hidden = torch.randn(shape, generator=self.random)
         step = SpanStep(self.cache, hidden, padding=padding)
         expected = self.span.run([step])[0]
-        got = self.session.step(hidden, padding=padding)
-        assert got.shape == expected.shape
+        got = self.session.step(hidden, padding=padding, keep=keep)
         real = torch.ones(shape[:2], dtype=torch.bool) if padding is None else padding.bool()
+        if keep is not None:
+            expected, real = expected[:, -keep:], real[:, -keep:]
+        assert got.shape == expected.shape
         torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=0)
 
     def rollback(self, position: int) -> None:
