@@ -202,6 +202,8 @@ class Session:
         current = step.push and step.epoch == self._ledger.epoch
         pushed = current and await self._pusher.push(computed)
         self._counters.pushes += pushed
+        if pushed:
+            await asyncio.sleep(0)  # what goes to the next hop leaves before the copy is made
         hidden = computed.hidden
         output = Output(
             epoch=step.epoch,
