@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from swarm.fakes import Fate
+from swarm.fakes import Fate, Hook
 from swarm.messages import Message, Output, Step
 from swarm.wire import decode
 from tests.client.pairs import GREEDY, Pair, prompt, shell_of
@@ -187,16 +187,24 @@ def test_whole_steps_are_not_cut_where_answers_begin() -> None:
     cut: list[int] = []
 
     def fits(source: str, destination: str, method: str, message: Message) -> bool:
-        if isinstance(message, Step) and message.start < 24:
-            cut.append(message.hidden.shape[1])
         return isinstance(message, Output) and source == pair.swarm.servers[2].peer_id
 
     async def act() -> Fate:
         pair.swarm.network.cut(pair.swarm.servers[2].endpoint)
         return Fate.BREAK
 
+    def noting(then: Hook) -> Hook:
+        async def note(source: str, destination: str, method: str, frame: bytes) -> Fate:
+            message = decode(frame)
+            if isinstance(message, Step) and message.start < 24:
+                cut.append(message.hidden.shape[1])
+            return await then(source, destination, method, frame)
+
+        return note
+
     with pair.swarm:
         trap = pair.swarm.trap(fits, act)
+        pair.swarm.network.before_frame = noting(pair.swarm.network.before_frame)
         pair.same(prompt(tokens=24), max_new_tokens=4)
         pair.swarm.no_trap()
         assert trap.sprung
