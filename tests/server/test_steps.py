@@ -180,6 +180,7 @@ def test_tokens_of_several_sessions_are_computed_in_one_pass(
                 await talk.send(talk.step(token))
             while town.server.handler.load().queue < 3:  # noqa: ASYNC110
                 await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the last one goes to the device after this round of the loop
             gate.set()
             for talk in talks:
                 output = await talk.receive()
