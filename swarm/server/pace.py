@@ -16,10 +16,10 @@ _PROBE = 16  # bulk tokens that a pass takes while nothing is known of their cos
 _MEMORY = 0.9  # weight of what was known when a pass is measured
 _WINDOW = 0.1  # seconds, at least, over which throughput is measured...
 _ROUNDS = 4  # ...and steps of every session
-_GAIN = 1.03  # what another cut must bring to be kept
+_GAIN = 1.1  # what another cut must bring to be kept: less is noise, and small passes cost more
 _SETTLE = 1  # windows until a new cut shows in the throughput
 _TRIAL = 2  # windows over which it is then judged
-_REST = 4  # windows between two trials, doubled after every one that failed...
+_REST = 8  # windows between two trials, doubled after every one that failed...
 _MAX_REST = 128  # ...up to this
 
 
@@ -146,7 +146,7 @@ class Cut:
 
     def _decide(self, rate: float) -> None:
         assert self._rate is not None
-        if rate >= (_GAIN if self.parts else 1) * self._rate:
+        if rate >= (_GAIN if self.parts else 1 / _GAIN) * self._rate:
             self._rate, self._rest = rate, _REST
         else:
             self.parts = self._before
