@@ -115,27 +115,32 @@ class FusedNorm(nn.Module):
 def quicken(root: nn.Module, probe: Callable[[], Tensor] | None = None) -> None:
     """Replace what can be replaced below `root`, in place. `probe` runs it once, and shows which
     products are of the same tensor; what does not give its numbers again is not joined."""
-    for owner, name, child in _children(root):
-        if (fused := _fused(child)) is not None:
+    for owner, name in _places(root):
+        if (fused := _fused(owner.get_submodule(name))) is not None:
             setattr(owner, name, fused)
     if probe is not None:
         _join(root, probe)
-    # Weights must be let go one by one, or for a moment there would be all of them twice.
-    for owner, name, child in _children(root):
+    for owner, name in _places(root):
+        child = owner.get_submodule(name)
         if type(child) is nn.Linear and (packed := _packed(child)) is not None:
             setattr(owner, name, packed)
 
 
-def _children(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    return [
-        (owner, name, child) for owner in root.modules() for name, child in owner.named_children()
-    ]
+def _owners(root: nn.Module) -> list[nn.Module]:
+    """Modules that are made of others. No list may hold those that have the weights: they must be
+    let go one by one, or for a moment there would be all of them twice."""
+    made = [module for module in root.modules() if any(True for _ in module.children())]
+    return [module for module in made if not isinstance(module, JoinedLinear)]
+
+
+def _places(root: nn.Module) -> list[tuple[nn.Module, str]]:
+    return [(owner, name) for owner in _owners(root) for name, _ in owner.named_children()]
 
 
 def _join(root: nn.Module, probe: Callable[[], Tensor]) -> None:
     given: dict[nn.Module, list[Tensor]] = {}  # in the order of the calls
     with ExitStack() as hooks:
-        for _, _, child in _children(root):
+        for child in root.modules():
             if type(child) is nn.Linear:
 
                 def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -143,7 +148,7 @@ def _join(root: nn.Module, probe: Callable[[], Tensor]) -> None:
 
                 hooks.callback(child.register_forward_pre_hook(note).remove)
         expected = probe()
-    for owner in list(root.modules()):
+    for owner in _owners(root):
         names = {child: name for name, child in owner.named_children()}
         groups: dict[tuple[int, bool], list[nn.Linear]] = {}
         for module, tensors in given.items():
@@ -170,7 +175,8 @@ def _gives(probe: Callable[[], Tensor], expected: Tensor) -> bool:
 
 def _part(root: nn.Module) -> None:
     """Undo all joints."""
-    for owner, name, child in _children(root):
+    for owner, name in _places(root):
+        child = owner.get_submodule(name)
         if isinstance(child, JoinedLinear):
             setattr(owner, name, _linear([child.weight], [child.bias]))
 

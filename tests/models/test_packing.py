@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from swarm.models import packing
 from swarm.models.packing import FusedNorm, JoinedLinear, PackedLinear, quicken
 
 
@@ -108,3 +112,22 @@ def test_products_that_must_stay_apart_do(kind: type[_Attending]) -> None:
         quicken(plain, lambda: plain(x))
         assert type(plain.q) is type(plain.k) is nn.Linear
         assert torch.equal(plain(x), expected)
+
+
+def test_weights_are_let_go_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than one layer's weights twice: a server's memory is full of them."""
+    plain = nn.Sequential(*[_Attending(bias=False) for _ in range(4)])
+    alive = [weakref.ref(part) for layer in plain for part in (layer.q, layer.k)]
+    counts: list[int] = []
+    make = packing._linear
+
+    def counted(*parts: Any) -> nn.Linear:
+        counts.append(sum(part() is not None for part in alive))
+        return make(*parts)
+
+    monkeypatch.setattr(packing, "_linear", counted)
+    x = torch.randn(1, 3, 32)
+    with torch.inference_mode():
+        quicken(plain, lambda: plain(x))
+    assert counts == [8, 6, 4, 2]
+    assert sum(part() is not None for part in alive) == 0
