@@ -30,6 +30,10 @@ def test_packed_weights_multiply_as_plain_ones(bias: bool, rows: int) -> None:
         assert isinstance(packed, PackedLinear)
         assert plain[1] is small  # too small to gain anything
         assert torch.allclose(packed(x), expected, atol=1e-5)
+        for one in (x[:1, :1], x[0, 0]):  # a single row goes another way
+            assert torch.allclose(
+                packed(one), expected[0, 0].expand(*one.shape[:-1], 640), atol=1e-5
+            )
         assert torch.equal(packed.weight, weight)
 
 
