@@ -274,7 +274,7 @@ def test_without_a_replacement_it_says_so_or_waits_for_one(
             adding.start()
 
         got = patient.generate(ids, session=long, streamer=AtToken({10: kill_all}), **GREEDY)
-        assert long.recoveries >= 1  # a loaded machine may seem to have died once more
+        assert long.recoveries == 1
         adding.join()
         assert got[0].tolist() == expected
         rest = hasty.generate(

@@ -85,12 +85,10 @@ def test_an_interrupted_download_goes_on_where_it_stopped(
 def test_a_cut_line_is_mended_within_one_call(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(REPO)
     shard = shard_of(checkpoint, 1)
-    # More than is written at a time: five attempts without progress are too many for it.
-    hub.cut_after[shard] = 9000
+    hub.cut_after[shard] = 5000
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     checkpoint.fetch([shard])
-    asked = [request for request in hub.requests if request.file == shard and request.range]
-    assert len(asked) >= 2
+    assert sum(request.range is not None for request in hub.requests) > 2
 
 
 def test_a_single_file_is_listed_by_its_header_alone(hub: Hub, single: Path) -> None:
