@@ -216,5 +216,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         self.end_headers()
         self.wfile.write(body)
-        if cut is not None:
+        if self.command == "GET" and len(body) < end - start:
             self.close_connection = True
