@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import subprocess
@@ -25,7 +26,6 @@ from swarm.config import ClientConfig
 from swarm.types import Codec
 
 PROMPT_TOKENS = 16
-TIE = 1e-5  # between the reference's two best logits; closer ones may change places
 
 
 class Stopwatch:
@@ -187,25 +187,38 @@ def timed(model: Any, prompts: torch.Tensor, tokens: int) -> tuple[torch.Tensor,
 def check_tokens(model: Any, sequences: torch.Tensor, prompt_tokens: int) -> int:
     """How often a token behind the prompt was the other one of a tie.
 
-    Every token must have the best logit of `model`, given those before it, or one within TIE of
-    the best. Raises NoFigure, as one for wrong tokens would be worth nothing.
+    Every token must have the best logit of `model` in float32, given those before it, or be as good
+    to it: behind the best, in float64, by no more than rounding moves that position's logits.
+    Raises NoFigure, as one for wrong tokens would be worth nothing.
     """
-    with torch.inference_mode():
-        logits = model(sequences, use_cache=False).logits[:, prompt_tokens - 1 : -1].float()
-        end = model.generation_config.eos_token_id
-        if end is not None:
-            logits[..., end] = -torch.inf  # `min_new_tokens` forbids them
+    logits = _logits(model, sequences, prompt_tokens)
     tokens = sequences[:, prompt_tokens:]
-    best = logits.max(dim=-1)
-    missing = best.values - logits.gather(-1, tokens[..., None])[..., 0]
-    wrong = missing > TIE
+    best = logits.argmax(dim=-1)
+    other = best != tokens
+    if not bool(other.any()):
+        return 0
+    exact = _logits(copy.deepcopy(model).double(), sequences, prompt_tokens)
+    rounding = (logits.double() - exact).nan_to_num().abs().amax(dim=-1)
+    missing = exact.amax(dim=-1) - exact.gather(-1, tokens[..., None])[..., 0]
+    wrong = other & (missing > rounding)
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         raise NoFigure(
             f"token {place} of row {row} is {int(tokens[row, place])}, but one machine writes "
-            f"{int(best.indices[row, place])}, whose logit is {float(missing[row, place]):.3g} more"
+            f"{int(best[row, place])}, whose logit is {float(missing[row, place]):.3g} more, where "
+            f"float32 rounds by {float(rounding[row, place]):.3g}"
         )
-    return int((best.indices != tokens).sum())
+    return int(other.sum())
+
+
+@torch.inference_mode()
+def _logits(model: Any, sequences: torch.Tensor, prompt_tokens: int) -> torch.Tensor:
+    """[rows, new tokens, vocabulary]: for every token behind the prompt, without forbidden ends."""
+    logits: torch.Tensor = model(sequences, use_cache=False).logits[:, prompt_tokens - 1 : -1]
+    end = model.generation_config.eos_token_id
+    if end is not None:
+        logits[..., end] = -torch.inf  # `min_new_tokens` forbids them
+    return logits
 
 
 def machine() -> dict[str, Any]:
