@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-SHARE = 0.5  # bulk work may lengthen a pass by so many usual decode passes
+SHARE = 2.0  # bulk work may lengthen a pass by so many usual decode passes...
+REST = 1.0  # ...and then rests for so many times as long as that pass took
 ACTIVE = 1.0  # seconds, at most, for which a stream counts as active after its last step
 _HOLD = 0.5  # usual passes for which one may wait for more rows
 _PROBE = 16  # bulk tokens that a pass takes while nothing is known of their cost
@@ -39,6 +40,7 @@ class Pace:
         self.cut = Cut()
         self._usual: float | None = None  # seconds of a pass that only decodes
         self._bulk: float | None = None  # seconds that a bulk token adds
+        self.rested = 0.0  # when bulk work may go on, if decode streams are active
 
     @property
     def hold(self) -> float:
@@ -57,6 +59,10 @@ class Pace:
     def measured(self, done: Pass) -> None:
         self.cut.measured(done)
         seconds = max(done.end - done.begin, 1e-9)
+        if done.bulk:
+            # By the clock, not by work done: who shares a machine with others that are busy rests
+            # longer, or all of them together would leave no processor to the streams.
+            self.rested = done.end + REST * seconds
         if done.decode and done.bulk <= 1:
             self._usual = _blend(self._usual, seconds)
         elif done.bulk:

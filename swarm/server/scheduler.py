@@ -45,8 +45,8 @@ class Scheduler:
     """`pass_tokens` bounds rows x tokens in a pass; a quarter of it is left to prefill.
 
     A step wider than the whole budget still gets one token per row, so everything advances. While
-    decode streams are active, prefill and decode of lower priorities are bulk, and `pace` bounds
-    what a pass takes of that.
+    decode streams are active, prefill and decode of lower priorities are bulk: `pace` bounds
+    what a pass takes of that, and how soon the next one may.
     """
 
     def __init__(self, pass_tokens: int) -> None:
@@ -88,14 +88,19 @@ class Scheduler:
             self._ready += by * step.rows
 
     def hold(self, now: float) -> float:
-        """Seconds that the next pass had better wait for more decode streams to be ready."""
+        """Seconds that the next pass had better wait: for more decode streams to be ready, or, if
+        others decode, for bulk work to have rested."""
+        rest = self.pace.rested - now
+        if rest > 0 and all(self._rests(minus, prefill, now) for minus, prefill in self._lanes):
+            return rest
         if not self._ready or self._prefills or self._ready >= self.pace.cut.fewest:
             return 0.0
         self._held_since = now if self._held_since is None else self._held_since
         return max(0.0, self._held_since + self.pace.hold - now)
 
     def next_pass(self, now: float) -> list[Slice]:
-        """What to run now, at `now` seconds; empty if nothing waits. Then `passed` must follow."""
+        """What to run now, at `now` seconds; empty if nothing waits, or all of it is to be held.
+        Then `passed` must follow."""
         order = sorted((lane.haste, *place) for place, lane in self._lanes.items())
         top = min((minus for _, minus, _ in order), default=0)
         slices: list[Slice] = []
@@ -107,6 +112,8 @@ class Scheduler:
                 room -= self._pass_tokens // 4 if (minus, 1) in self._lanes else 0
                 room = min(room, self.pace.cut.most - sum(decode.values()))
             is_bulk = bool(prefill)
+            if self._rests(minus, prefill, now):
+                continue
             if self._is_active(-minus + 1 - prefill, now):
                 is_bulk, room = True, min(room, self.pace.bulk_tokens - bulk)
             for step, piece in lane.take(room, first=not slices or minus == top):
@@ -134,6 +141,10 @@ class Scheduler:
             return _Rhythm(step.priority, now, 0.0)
         # A stream that prefill slows down does not look dead for that.
         return _Rhythm(step.priority, now, max(now - known.last, 0.8 * known.gap))
+
+    def _rests(self, minus: int, prefill: int, now: float) -> bool:
+        """Whether a lane holds bulk work that streams which decode had better not wait for now."""
+        return now < self.pace.rested and self._is_active(-minus + 1 - prefill, now)
 
     def _is_active(self, priority: int, now: float) -> bool:
         """Whether streams of at least this priority decode these days; the others are forgotten."""
