@@ -36,9 +36,11 @@ from swarm.models.spans import Span, SplitProof
 from swarm.rpc import RpcServer, RpcTransport
 from swarm.server import placement, throughput
 from swarm.server.backend import Backend
+from swarm.server.balancer import holders_in
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
+from swarm.server.placement import believe
 from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES
 from swarm.transport import Endpoint, Service
 from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics
@@ -243,10 +245,8 @@ class ServerNode:
             cache_bytes=0 if kv_bytes else throughput.cache_bytes(checkpoint.config, dtype),
             free_bytes=free_bytes - (kv_bytes or 0),
         )
-        coming = (ServerState.JOINING, ServerState.ONLINE)
-        spans = [s.record.blocks for s in view.servers if s.record.state in coming]
-        coverage = placement.count_servers(self._num_blocks, spans)
-        self.blocks = placement.choose_blocks(coverage, wanted)
+        holders = believe(holders_in(view, self._served.numerics))
+        self.blocks = placement.choose_span(self._num_blocks, holders, wanted)
         logger.info("blocks %s are those that the swarm has least of", self.blocks)
 
     async def _listen(self, stack: AsyncExitStack) -> None:
