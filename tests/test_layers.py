@@ -1,6 +1,6 @@
 """The house keeps its walls: import directions, one door per dependency, pure decisions, sizes.
 
-    scripts, benchmarks, apps -> client | server -> dht -> kernel
+    scripts, benchmarks, simulation, apps -> client | server -> dht -> kernel
 
 Every Python file is read with ast, so that imports inside functions and under TYPE_CHECKING count.
 """
@@ -22,6 +22,7 @@ HOUSES = (
     "swarm",
     "scripts",
     "benchmarks",
+    "simulation",
     "tests",
 )  # not the links at the top, or all counts twice
 

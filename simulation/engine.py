@@ -1,0 +1,177 @@
+"""One history under one set of rules: events in a heap, and a tick that moves all sessions on."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from simulation.load import Loads
+from simulation.measure import Measure
+from simulation.rules import Rules, Server
+from simulation.world import Leaving, World, rtt
+from swarm.dht.records import ServerState
+from swarm.types import BlockRange
+
+MakeRules = Callable[[int, int, Callable[[int, int], float], Callable[[int, int], float]], Rules]
+SNAPSHOT = 5.0  # seconds; clients' looks fall on these moments
+
+
+class Clock:
+    """What is to happen when. Events of equal time happen in the order they were planned."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._serial = itertools.count()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+
+    def at(self, when: float, do: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (max(when, self.now), next(self._serial), do))
+
+    def run_until(self, end: float) -> None:
+        while self._events and self._events[0][0] <= end:
+            self.now, _, do = heapq.heappop(self._events)
+            do()
+        self.now = end
+
+
+class Swarm:
+    """Servers under `rules`: they join, load, announce, move and go. Sessions are not its concern,
+    but for `on_lost(server, failed)`, by which it tells that those with this server are over."""
+
+    def __init__(self, world: World, make: MakeRules, clock: Clock, measure: Measure) -> None:
+        self.world, self.clock, self.measure = world, clock, measure
+        scenario = world.scenario
+        self.rules = make(scenario.num_blocks, scenario.seed, self.server_rtt, self.client_rtt)
+        self.servers = [Server(i, machine) for i, machine in enumerate(world.machines)]
+        for server in self.servers:
+            server.state = ServerState.OFFLINE
+        self.loads = Loads(
+            np.array([machine.block_seconds for machine in world.machines]),
+            np.array([machine.up for machine in world.machines]),
+        )
+        self.on_lost: Callable[[Server, bool], None] = lambda server, failed: None
+        self._rng = random.Random(f"swarm {scenario.seed}")
+        self._pictures: deque[tuple[float, object]] = deque()
+        self._keep = self.rules.look_period + 2 * SNAPSHOT
+
+    def server_rtt(self, one: int, other: int) -> float:
+        return rtt(self.world.machines[one].place, self.world.machines[other].place)
+
+    def client_rtt(self, client: int, server: int) -> float:
+        return rtt(self.world.clients[client], self.world.machines[server].place)
+
+    def begin(self) -> None:
+        """Those that are there already chose their blocks one after the other."""
+        first = [server for server in self.servers if server.machine.born == 0]
+        batch = max(1, len(first) // 1000)  # so many look at the same time
+        picture: object = None
+        for number, server in enumerate(first):
+            if number % batch == 0:
+                picture = self.rules.picture(0.0)
+            self._take(server, self.rules.choose(server, picture))
+            self._serve(server)
+            self.clock.at(server.machine.dies, lambda server=server: self._leave(server))
+            self._plan_check(server)
+            self._plan_announcement(server, self._rng.random() * self.rules.announce_period)
+        for server in self.servers[len(first) :]:
+            self.clock.at(server.machine.born, lambda server=server: self._join(server))
+        self._look()
+
+    def picture(self, age: float = 0.0) -> object:
+        """What somebody sees who looked `age` seconds ago."""
+        for when, picture in reversed(self._pictures):
+            if when <= self.clock.now - age:
+                return picture
+        return self._pictures[0][1]
+
+    def fresh_picture(self) -> object:
+        """For those who have reason to look again; at most one a second is taken."""
+        if self.clock.now - self._pictures[-1][0] > 1.0:
+            self._pictures.append((self.clock.now, self.rules.picture(self.clock.now)))
+        return self._pictures[-1][1]
+
+    def _look(self) -> None:
+        now = self.clock.now
+        self._pictures.append((now, self.rules.picture(now)))
+        while len(self._pictures) > 1 and self._pictures[1][0] <= now - self._keep:
+            self._pictures.popleft()
+        self.clock.at(now + SNAPSHOT, self._look)
+
+    def _join(self, server: Server) -> None:
+        self.clock.at(server.machine.dies, lambda: self._leave(server))
+        self._load(server, self.rules.choose(server, self.fresh_picture()))
+        self._plan_check(server)
+        self._plan_announcement(server, self.rules.announce_period)
+
+    def _take(self, server: Server, blocks: BlockRange) -> None:
+        server.blocks, server.moved = blocks, self.clock.now
+        server.generation += 1
+        self.loads.span[server.index] = len(blocks)
+
+    def _load(self, server: Server, blocks: BlockRange) -> None:
+        self._take(server, blocks)
+        server.state = ServerState.JOINING
+        self.announce(server)
+        generation = server.generation
+
+        def loaded() -> None:
+            if server.alive and server.generation == generation:
+                self._serve(server)
+
+        self.clock.at(self.clock.now + server.machine.load_seconds(len(blocks)), loaded)
+
+    def _serve(self, server: Server) -> None:
+        server.state = ServerState.ONLINE
+        self.announce(server)
+
+    def announce(self, server: Server) -> None:
+        self.feel(server)
+        self.measure.count("announcements", self.clock.now)
+        self.rules.announce(server, self.clock.now)
+
+    def feel(self, server: Server) -> None:
+        """What a server, or who has just used it, knows of its load."""
+        index, loads = server.index, self.loads
+        server.pass_seconds = float(loads.seconds[index])
+        server.delay = float(loads.delay_of(index))
+        server.waiting = float(loads.rate[index]) * (server.delay - server.pass_seconds)
+
+    def _plan_announcement(self, server: Server, wait: float) -> None:
+        def again() -> None:
+            if server.alive:
+                self.announce(server)
+                period = self.rules.announce_period
+                self._plan_announcement(server, period * self._rng.uniform(0.8, 1.2))
+
+        self.clock.at(self.clock.now + wait, again)
+
+    def _plan_check(self, server: Server) -> None:
+        wait = 2 * self.rules.check_period * self._rng.random()
+        self.clock.at(self.clock.now + wait, lambda: self._check(server))
+
+    def _check(self, server: Server) -> None:
+        if not server.alive:
+            return
+        self._plan_check(server)
+        if server.state is not ServerState.ONLINE:
+            return
+        self.measure.count("looks of servers", self.clock.now)
+        blocks = self.rules.consider(server, self.picture(), self.clock.now)
+        if blocks is None or blocks == server.blocks:
+            return
+        self.measure.moved(self.clock.now)
+        server.state = ServerState.DRAINING
+        self.on_lost(server, False)
+        self._load(server, blocks)
+
+    def _leave(self, server: Server) -> None:
+        leaving = server.machine.leaving
+        server.state = ServerState.OFFLINE
+        if leaving is Leaving.POLITE:
+            self.announce(server)
+        self.on_lost(server, leaving is not Leaving.POLITE)

@@ -1,0 +1,80 @@
+"""What a set of rules must decide, and the state it may look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from simulation.world import Machine
+from swarm.dht.records import ServerState
+from swarm.types import BlockRange
+
+KV_TOKENS = 2 * 65_536  # positions that a server promises: as roomy as ours, twice overcommitted
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """A machine's present. Peer ids end in the index, by which short tags differ, too."""
+
+    index: int
+    machine: Machine
+    state: ServerState = ServerState.JOINING
+    blocks: BlockRange = field(default_factory=lambda: BlockRange(0, 1))
+    moved: float = 0.0  # when it began to load these blocks
+    generation: int = 0  # of its blocks; events of older ones mean nothing
+    sessions: set[int] = field(default_factory=set[int])  # slots
+    promised: int = 0  # positions x blocks
+    waiting: float = 0.0  # steps, at present
+    pass_seconds: float = 0.0
+    delay: float = 0.0  # seconds that a step spends here, with waiting and sending
+
+    @property
+    def peer_id(self) -> str:
+        return f"server{self.index:08d}"
+
+    @property
+    def alive(self) -> bool:
+        return self.state is not ServerState.OFFLINE
+
+    @property
+    def free_tokens(self) -> int:
+        return max(0, KV_TOKENS - self.promised // len(self.blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A route through `blocks` for a session of at most so many positions."""
+
+    blocks: BlockRange
+    positions: int
+
+
+Leg = tuple[int, BlockRange]
+"""A server's index, and which of its blocks."""
+
+
+class Memory(Protocol):
+    """One client's: what it has learnt, and how it chooses by that. Raises NoRoute."""
+
+    def route(self, picture: Any, wanted: Wanted, now: float) -> Sequence[Leg]: ...
+    def look(self, picture: Any, now: float) -> None: ...
+    def failed(self, server: Server, now: float) -> None: ...
+    def busy(self, server: Server, now: float) -> None: ...
+    def opened(self, server: Server, rtt: float) -> None: ...
+    def worked(self, server: Server, blocks: int, now: float) -> None: ...
+
+
+class Rules(Protocol):
+    """A `picture` is what anybody sees who looks into the DHT at that time."""
+
+    name: str
+    look_period: float  # seconds between two looks of a client
+    check_period: float  # mean seconds between two thoughts of a server about moving
+    announce_period: float  # mean seconds between two announcements
+
+    def announce(self, server: Server, now: float) -> None: ...
+    def picture(self, now: float) -> Any: ...
+    def choose(self, server: Server, picture: Any) -> BlockRange: ...
+    def consider(self, server: Server, picture: Any, now: float) -> BlockRange | None: ...
+    def memory(self, client: int) -> Memory: ...
