@@ -22,7 +22,9 @@ class ServerLimits:
     open_timeout: float = 10.0  # seconds in which a stream must say what it wants
     idle_timeout: float = 1800.0  # seconds without a step before a session is closed
     send_timeout: float = 30.0  # seconds a client or next hop may leave its stream unread
-    stop_timeout: float = 5.0  # seconds from a polite stop to the end
+    stop_timeout: float = 5.0  # seconds from a polite stop, or a decision to move, to the end
+    record_lifetime: int = 90  # seconds; who does not renew its record for so long is gone
+    balance_seconds: float = 60.0  # between two looks whether to move
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +46,5 @@ class ClientConfig:
     chunk_bytes: int = 1 << 19  # a prefill travels in frames of at most about this size
     history_bytes: int = 4 << 30  # memory for replays, over one session
     codec: Codec = "none"  # mxint8: a quarter of the bytes, and not exact (docs/benchmarks.md)
+    allowed_servers: frozenset[str] = frozenset()  # peer ids; empty: all
+    blocked_servers: frozenset[str] = frozenset()

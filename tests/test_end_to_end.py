@@ -75,7 +75,7 @@ def counters(swarm: LocalSwarm) -> list[Counter[str]]:
     """What the living servers of each span have counted."""
     network = SwarmNetwork.connect(swarm.peers, None)
     model = next(iter(network.loop.call(list_models(network.dht)))).model
-    servers = network.router(model, 24, ClientTimeouts(refresh=0.0)).view.servers
+    servers = network.router(model, 24, ClientConfig(ClientTimeouts(refresh=0.0))).view.servers
     by_peer = {server.record.peer_id: server for server in servers}
     sums = [Counter[str]() for _ in SPANS]
     for server in swarm.servers:

@@ -61,7 +61,7 @@ class AutoDistributedModel:
         model_id = ModelId(checkpoint.name, checkpoint.fingerprint)
         config = config or ClientConfig()
         network = SwarmNetwork.connect(initial_peers, swarm_key)
-        router = network.router(model_id, sizes.num_hidden_layers, config.timeouts)
+        router = network.router(model_id, sizes.num_hidden_layers, config)
         numerics = network.numerics(router, _dtype_name(dtype))
         terms = Terms(
             model=model_id,
@@ -72,7 +72,9 @@ class AutoDistributedModel:
             whole_steps=depends_on_pass(checkpoint.config),
             codec=config.codec,
         )
-        connection = Connection(terms, router, network.transport, network.access, config)
+        connection = Connection(
+            terms, router, network.transport, network.access, config, router.pace
+        )
         blocks = RemoteBlocks(connection, BlockRange(0, sizes.num_hidden_layers))
         model = load_shell(
             checkpoint,

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from swarm.client.hop import Terms, endpoint_of
+from swarm.client.pace import Pace
 from swarm.client.peers import PeerBook
-from swarm.client.routing import Request, find_route
-from swarm.config import ClientTimeouts
+from swarm.client.routing import Chart, PricedHop, Request, RouteHop, find_route, price_route
+from swarm.config import ClientConfig
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerState, SignedRecord
@@ -32,7 +33,7 @@ from swarm.loop import BackgroundLoop
 from swarm.messages import Info, InfoRequest, Refused
 from swarm.rpc import RpcTransport
 from swarm.transport import Endpoint
-from swarm.types import BlockRange, DType, ModelId, Numerics
+from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics, mxint8_bytes
 from swarm.wire import decode, encode
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,13 @@ class ModelRouter:
         directory: Directory,
         book: PeerBook,
         rng: random.Random,
-        timeouts: ClientTimeouts,
+        config: ClientConfig,
     ) -> None:
         self._directory = directory
         self._book = book
         self._rng = rng
-        self._timeouts = timeouts
+        self._config = config
+        self._chart = Chart(())
         self._looked = float("-inf")
         self._looking = asyncio.Lock()
 
@@ -61,29 +63,60 @@ class ModelRouter:
     def view(self) -> SwarmView:
         return self._directory.view
 
-    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
-        """Raises NoRoute, which names the blocks that are missing."""
-        for record in (server.record for server in self.view.servers):
-            self._book.seen(record.peer_id, record.certificate_digest)
-        hops = find_route(
-            self.view.servers,
-            Request(
-                model=terms.model,
-                blocks=blocks,
-                numerics=terms.numerics,
-                prompt_tokens=terms.batch_size * terms.max_length // 2,
-                new_tokens=terms.max_length // 2,
-            ),
-            self._book,
-            time.monotonic(),
-            tiebreak=self._rng.random(),
-        )
+    @property
+    def pace(self) -> Pace:
+        """What prompts have shown, to routing as well."""
+        return self._book.pace
+
+    def route(
+        self, blocks: BlockRange, terms: Terms, prompt: int | None = None
+    ) -> Sequence[tuple[SignedRecord, BlockRange]]:
+        """For `prompt` positions (None: who knows) and whatever else a session may come to.
+
+        Raises NoRoute, which names the blocks that are missing.
+        """
+        hops = self.choose(self._request(blocks, terms, prompt))
         return [(hop.server, hop.blocks) for hop in hops]
+
+    def choose(self, request: Request) -> Sequence[RouteHop]:
+        """Raises NoRoute."""
+        chart, now = self._picture(), time.monotonic()
+        hops = find_route(chart, request, self._book, now, tiebreak=self._rng.random())
+        if logger.isEnabledFor(logging.DEBUG):
+            for priced in price_route(hops, chart, request, self._book, now):
+                logger.debug("route: %s", priced)
+        return hops
+
+    def price(self, hops: Sequence[RouteHop], request: Request) -> Sequence[PricedHop]:
+        """What a route is expected to take by now. Raises KeyError if a hop is not announced."""
+        return price_route(hops, self._picture(), request, self._book, time.monotonic())
+
+    def _picture(self) -> Chart:
+        if self._chart.servers is not self.view.servers:
+            self._chart = Chart(self.view.servers)
+            for record in (server.record for server in self.view.servers):
+                self._book.seen(record.peer_id, record.certificate_digest)
+        return self._chart
+
+    def _request(self, blocks: BlockRange, terms: Terms, prompt: int | None) -> Request:
+        prompt = terms.max_length // 2 if prompt is None else prompt
+        size = terms.hidden_size * DTYPE_BYTES[terms.numerics.dtype]
+        return Request(
+            model=terms.model,
+            blocks=blocks,
+            numerics=terms.numerics,
+            prompt_tokens=terms.batch_size * prompt,
+            new_tokens=max(1, terms.max_length - prompt),
+            rows=terms.batch_size,
+            position_bytes=size if terms.codec == "none" else mxint8_bytes((terms.hidden_size,)),
+            allowed=self._config.allowed_servers,
+            blocked=self._config.blocked_servers,
+        )
 
     async def refresh(self) -> None:
         """Look into the DHT again, at most every `timeouts.refresh` seconds."""
         async with self._looking:
-            if time.monotonic() - self._looked < self._timeouts.refresh:
+            if time.monotonic() - self._looked < self._config.timeouts.refresh:
                 return
             self._looked = time.monotonic()
             try:
@@ -105,8 +138,11 @@ class ModelRouter:
         else:
             self._book.failed(endpoint.peer_id, now, endpoint.certificate_digest)
 
-    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
-        self._book.worked(peer_id, tokens, seconds, blocks)
+    def worked(
+        self, peer_id: str, tokens: int, seconds: float, blocks: int, elapsed: float = 0.0
+    ) -> None:
+        now = time.monotonic()
+        self._book.worked(peer_id, tokens, seconds, blocks, elapsed=elapsed, now=now)
 
     def measured(self, peer_id: str, rtt: float) -> None:
         self._book.measured(peer_id, rtt)
@@ -124,7 +160,7 @@ class SwarmNetwork:
         self.transport = RpcTransport()
         self.dht = dht
         self._book = PeerBook(random.Random(access.identity.peer_id))
-        self._routers: dict[ModelId, ModelRouter] = {}
+        self._routers: dict[tuple[ModelId, ClientConfig], ModelRouter] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -180,18 +216,18 @@ class SwarmNetwork:
             await self.transport.close()
             await self.dht.close()
 
-    def router(self, model: ModelId, num_blocks: int, timeouts: ClientTimeouts) -> ModelRouter:
+    def router(self, model: ModelId, num_blocks: int, config: ClientConfig) -> ModelRouter:
         """The model's router, after its first look into the DHT."""
 
         async def make() -> ModelRouter:
-            if model not in self._routers:
+            key = model, config
+            if key not in self._routers:
                 directory = Directory(self.dht, model, num_blocks)
                 rng = random.Random(self.access.identity.peer_id)
-                router = ModelRouter(directory, self._book, rng, timeouts)
-                self._routers[model] = router
+                self._routers[key] = router = ModelRouter(directory, self._book, rng, config)
                 self._tasks.append(asyncio.create_task(router.keep_looking()))
-            await self._routers[model].refresh()
-            return self._routers[model]
+            await self._routers[key].refresh()
+            return self._routers[key]
 
         return self.loop.call(make())
 

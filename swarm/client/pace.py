@@ -59,6 +59,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._links: dict[tuple[str, str], float] = {}  # s per byte, of the slow ones
+        self._carried: dict[str, float] = {}  # s per byte, at most, of all that lead to a server
         self._servers: dict[str, float] = {}  # s per block, row and position
 
     def width(self, route: Sequence[Leg], positions: int, rows: int, row_bytes: int) -> int:
@@ -86,8 +87,18 @@ class Pace:
         self._servers[peer] = _smoothed(self._servers.pop(peer, each), each)
         _forget(self._servers)
 
+    def byte_seconds(self, peer: str) -> float | None:
+        """Seconds per byte on the way to a server, at most; None: never seen."""
+        return self._carried.get(peer)
+
+    def token_seconds(self, peer: str) -> float | None:
+        """Seconds per block for each position of a prompt; None: never seen."""
+        return self._servers.get(peer)
+
     def crossed(self, link: tuple[str, str], seconds: float, *, waited: bool) -> None:
         """Pieces took so long per byte, and `waited` for the link, or for something else."""
+        self._carried[link[1]] = _smoothed(self._carried.pop(link[1], seconds), seconds)
+        _forget(self._carried)
         known = self._links.pop(link, seconds if waited else None)
         if known is not None:
             new = _smoothed(known, seconds) if waited else _FADING * min(known, seconds)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
+
+from swarm.client.pace import Pace
 
 MAX_PEERS = 4096  # remembered at once; whoever was heard of longest ago is forgotten
 _FIRST_BAN = 1.0  # seconds; doubled with each failure in a row
 _LONGEST_BAN = 300.0  # seconds
 _JITTER = 0.25  # so that the clients of a server that comes back do not come back all at once
 _SMOOTHING = 0.2  # weight of the newest observation
+_NEARER = 0.5  # the same for an RTT that is shorter than known: nothing but a queue makes it longer
+_FRESH = 600.0  # seconds for which a speed is believed that was observed: servers' loads change
 _DECODE_TOKENS = 8  # a pass of more positions tells nothing about the time of a decode step
 
 
@@ -20,20 +25,29 @@ class Rng(Protocol):
 
 
 @dataclass(slots=True)
-class _Peer:
+class Peer:
+    """What is known of one. Read it, do not keep it."""
+
     rtt: float | None = None
+    asked_at: float = float("-inf")
     block_seconds: float | None = None
+    worked_at: float = float("-inf")
     failures: int = 0
     banned_until: float = float("-inf")
     failed_with: bytes = b""  # the certificate that it had then
+
+    def decode_seconds(self, now: float) -> float | None:
+        """One decode step through one block, smoothed; None if it was not observed of late."""
+        return self.block_seconds if now - self.worked_at <= _FRESH else None
 
 
 class PeerBook:
     """One client's memory of its peers. All times are in seconds, `now` by one monotonic clock."""
 
     def __init__(self, rng: Rng) -> None:
+        self.pace = Pace()  # what prompts have shown
         self._rng = rng
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[str, Peer] = {}
 
     def failed(self, peer_id: str, now: float, certificate: bytes = b"") -> None:
         """Ban a peer: 1 s at first, twice as long each time, at most five minutes (+- 25 %)."""
@@ -49,13 +63,30 @@ class PeerBook:
         peer = self._touch(peer_id)
         peer.banned_until = now + wait * (1 + _JITTER * self._rng.random())
 
-    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int = 0) -> None:
-        """A peer computed `tokens` positions through `blocks` (0: unknown): all is forgiven."""
+    def worked(
+        self,
+        peer_id: str,
+        tokens: int,
+        seconds: float,
+        blocks: int = 0,
+        *,
+        elapsed: float = 0.0,
+        now: float = float("inf"),
+    ) -> None:
+        """A peer computed `tokens` positions through `blocks` (0: unknown): all is forgiven.
+
+        It says that it took `seconds`. We saw its answer `elapsed` seconds after the answer of the
+        hop before it (or after the step was sent), of which its RTT at most was not its own.
+        """
         peer = self._touch(peer_id)
         peer.failures = 0
         peer.banned_until = float("-inf")
         if blocks and 0 < tokens <= _DECODE_TOKENS:
-            peer.block_seconds = _smoothed(peer.block_seconds, seconds / blocks)
+            if peer.rtt is not None:
+                seconds = max(seconds, elapsed - peer.rtt)
+            known = None if now - peer.worked_at > _FRESH else peer.block_seconds
+            peer.block_seconds = _smoothed(known, seconds / blocks)
+            peer.worked_at = now
 
     def seen(self, peer_id: str, certificate: bytes) -> None:
         """A peer with another certificate than it failed with was started anew: try it at once."""
@@ -64,10 +95,19 @@ class PeerBook:
             peer.failures = 0
             peer.banned_until = float("-inf")
 
+    def asked(self, peer_id: str, now: float) -> None:
+        """A peer is being asked how far it is."""
+        self._touch(peer_id).asked_at = now
+
+    def asked_at(self, peer_id: str) -> float:
+        peer = self._peers.get(peer_id)
+        return peer.asked_at if peer else float("-inf")
+
     def measured(self, peer_id: str, rtt: float) -> None:
         """A question was answered after `rtt` seconds."""
         peer = self._touch(peer_id)
-        peer.rtt = _smoothed(peer.rtt, rtt)
+        nearer = peer.rtt is not None and rtt < peer.rtt
+        peer.rtt = _smoothed(peer.rtt, rtt, _NEARER if nearer else _SMOOTHING)
 
     def banned(self, now: float) -> frozenset[str]:
         """Who must not be asked at present."""
@@ -87,21 +127,27 @@ class PeerBook:
         peer = self._peers.get(peer_id)
         return peer.rtt if peer else None
 
-    def block_seconds(self, peer_id: str) -> float | None:
-        """One decode step through one block, smoothed; None if it was never observed."""
+    def block_seconds(self, peer_id: str, now: float = 0.0) -> float | None:
+        """As `Peer.decode_seconds`."""
         peer = self._peers.get(peer_id)
-        return peer.block_seconds if peer else None
+        return peer.decode_seconds(now) if peer else None
+
+    def recall(self, peer_ids: Iterable[str]) -> Iterator[tuple[int, Peer]]:
+        """Those of them that are known, with their places."""
+        for place, peer in enumerate(map(self._peers.get, peer_ids)):
+            if peer is not None:
+                yield place, peer
 
     def __len__(self) -> int:
         return len(self._peers)
 
-    def _touch(self, peer_id: str) -> _Peer:
-        peer = self._peers.pop(peer_id, None) or _Peer()
+    def _touch(self, peer_id: str) -> Peer:
+        peer = self._peers.pop(peer_id, None) or Peer()
         self._peers[peer_id] = peer  # dicts keep order: the last is the one heard of last
         if len(self._peers) > MAX_PEERS:
             del self._peers[next(iter(self._peers))]
         return peer
 
 
-def _smoothed(old: float | None, new: float) -> float:
-    return new if old is None else old + _SMOOTHING * (new - old)
+def _smoothed(old: float | None, new: float, weight: float = _SMOOTHING) -> float:
+    return new if old is None else old + weight * (new - old)

@@ -1,40 +1,39 @@
 """Which servers a session should use: the chain that is expected to take the least time.
 
-A shortest path over block borders. A hop may use any part of a server's blocks and its time is
-linear in their number, so the border between two hops can be moved, without loss, until it meets
-the end of the first server or the start of the second: only those borders need to be looked at.
+Also whether another chain is worth the trouble of moving there, and why one was chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
-from zlib import crc32
+from statistics import median
 
 from swarm.client.peers import PeerBook
-from swarm.dht.records import ServerState, SignedRecord
+from swarm.client.pricing import Chart, Holders, Offer, Prices, Request
+from swarm.client.sweep import cheapest
+from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.errors import NoRoute
-from swarm.types import BlockRange, ModelId, Numerics
+from swarm.types import BlockRange
 
-# What is not known is taken to be rather slow, so that nobody gains by saying nothing.
-_UNKNOWN_RTT = 0.1  # seconds
-_UNKNOWN_BLOCK_SECONDS = 0.01
-_PREFILL_SPEEDUP = 16  # tokens of a prompt go through a block together, those of an answer do not
-_STEPS_PER_PASS = 8  # so many waiting steps cost us one more pass of the server's device
-_SPREAD = 0.05  # clients whose best choices differ by less than this choose differently
+__all__ = [
+    "Chart",
+    "PricedHop",
+    "Request",
+    "RouteHop",
+    "better_route",
+    "find_route",
+    "is_slow",
+    "price_route",
+]
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a route is wanted for: a prompt of so many tokens (over all rows), so many new steps."""
-
-    model: ModelId
-    blocks: BlockRange
-    numerics: Numerics
-    prompt_tokens: int
-    new_tokens: int  # per row
-    exclude: frozenset[str] = frozenset()  # peer ids, for example of servers that were busy
+_JUDGED = 8  # steps by which a hop is judged
+_SLOW = 2.0  # times what was expected...
+_PATIENCE = 0.02  # ...and so many seconds more, before a hop counts as slow
+_GAIN = 0.25  # of the time still to come, that another route must save...
+_LEAST_GAIN = 1.0  # ...and so many seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +44,31 @@ class RouteHop:
     blocks: BlockRange
 
 
-@dataclass(slots=True)
-class Offer:
-    """What a server could do for a request: `fixed` seconds, and `per_block` for each block.
+@dataclass(frozen=True, slots=True)
+class PricedHop:
+    """A hop and what makes its price; seconds are for the whole request."""
 
-    The rest is the search's: least seconds to be in it at the present border, and entered where.
-    """
+    hop: RouteHop
+    offer: Offer
+    link: float  # for coming there from the hop before otherwise than by way of the client
 
-    server: SignedRecord
-    start: int
-    end: int
-    fixed: float
-    per_block: float
-    cost: float = float("inf")
-    entry: int = -1
+    @property
+    def seconds(self) -> float:
+        return self.offer.fixed + self.offer.per_block * len(self.hop.blocks) + self.link
+
+    def __str__(self) -> str:
+        offer, record = self.offer, self.hop.server.record
+        distance = f"rtt {1e3 * offer.rtt:.1f} ms" + ("" if offer.rtt_known else " (assumed)")
+        block = f"{1e3 * offer.block_seconds:.2f} ms/block ({offer.source})"
+        room = "" if offer.has_room else ", no room for all of it"
+        return (
+            f"{self.hop.blocks} at {record.host}:{record.port} ({record.peer_id[-8:]}): "
+            f"{self.seconds:.3f} s: {distance}, {block}, queue {record.queue}{room}"
+        )
 
 
 def find_route(
-    servers: Sequence[SignedRecord],
+    servers: Sequence[SignedRecord] | Chart,
     request: Request,
     book: PeerBook,
     now: float,
@@ -71,86 +77,56 @@ def find_route(
 ) -> tuple[RouteHop, ...]:
     """Hops that cover `request.blocks` in order, without gap or overlap.
 
-    Clients with different `tiebreak` spread over servers that are about as good. Raises NoRoute,
-    which names the blocks that are missing.
+    Clients with different `tiebreak` spread over servers that are about as good. A Chart of the
+    servers is worth making for more than one route. Raises NoRoute, which names what is missing.
     """
-    holders = [server for server in servers if _serves(server, request)]
-    shunned = book.banned(now) | request.exclude
-    offers = [
-        make_offer(server, request, book, tiebreak)
-        for server in holders
-        if server.record.peer_id not in shunned
-    ]
-    missing = _gaps(((offer.start, offer.end) for offer in offers), request.blocks)
+    holders = _chart(servers).holders(request.model, request.numerics)
+    if not holders.servers:
+        raise NoRoute(_explain([request.blocks], holders, request, book, now))
+    prices = Prices(holders, request, book, now, tiebreak)
+    starts, ends = holders.start[prices.usable], holders.end[prices.usable]
+    missing = _gaps({*zip(starts.tolist(), ends.tolist(), strict=True)}, request.blocks)
     if missing:
         raise NoRoute(_explain(missing, holders, request, book, now))
-    return _shortest(offers, request.blocks)
+    chain = cheapest(prices, request.blocks)
+    return tuple(RouteHop(holders.servers[place], blocks) for place, blocks in chain)
 
 
-def make_offer(
-    server: SignedRecord, request: Request, book: PeerBook, tiebreak: float = 0.0
-) -> Offer:
-    """The seconds that `request` is expected to spend on a server."""
-    record = server.record
-    block_seconds = book.block_seconds(record.peer_id)
-    if block_seconds is None:
-        speed = record.throughput * len(record.blocks)  # blocks per second, in decode steps
-        block_seconds = 1 / speed if speed > 0 else _UNKNOWN_BLOCK_SECONDS
-    rtt = book.rtt(record.peer_id)
-    wait = record.queue / _STEPS_PER_PASS * block_seconds * len(record.blocks)
-    steps = request.new_tokens + 1  # and one for the prompt
-    tokens = request.new_tokens + request.prompt_tokens / _PREFILL_SPEEDUP
-    lot = crc32(f"{record.peer_id}{tiebreak}".encode()) / (1 << 32)
-    doubt = (1 + book.failures(record.peer_id)) * (1 + _SPREAD * lot)
-    return Offer(
-        server,
-        max(record.blocks.start, request.blocks.start),
-        min(record.blocks.end, request.blocks.end),
-        doubt * steps * ((_UNKNOWN_RTT if rtt is None else rtt) + wait),
-        doubt * tokens * block_seconds,
-    )
+def price_route(
+    hops: Sequence[RouteHop],
+    servers: Sequence[SignedRecord] | Chart,
+    request: Request,
+    book: PeerBook,
+    now: float,
+) -> list[PricedHop]:
+    """What a route is expected to take, hop by hop, whoever may be shunned at the moment."""
+    holders = _chart(servers).holders(request.model, request.numerics)
+    prices = Prices(holders, request, book, now, None)
+    place_of = {name: place for place, name in enumerate(holders.ids)}
+    places = [place_of[hop.server.record.peer_id] for hop in hops]
+    extras = [0.0, *(prices.extra_between(*pair) for pair in pairwise(places))]
+    return [
+        PricedHop(hop, prices.offer(place), extra)
+        for hop, place, extra in zip(hops, places, extras, strict=True)
+    ]
 
 
-def _serves(server: SignedRecord, request: Request) -> bool:
-    record = server.record
-    return (
-        record.state is ServerState.ONLINE
-        and record.model == request.model
-        and record.numerics == request.numerics
-        and record.blocks.overlaps(request.blocks)
-    )
+def is_slow(recent: Sequence[float], expected: float) -> bool:
+    """Whether a hop whose last steps took so many seconds each is not what was expected of it."""
+    if len(recent) < _JUDGED:
+        return False
+    return median(recent[-_JUDGED:]) > _SLOW * expected + _PATIENCE
 
 
-def _shortest(offers: Sequence[Offer], blocks: BlockRange) -> tuple[RouteHop, ...]:
-    """Sweeps once over the borders; every block must be on offer."""
-    starting: dict[int, list[Offer]] = {}
-    for offer in offers:
-        starting.setdefault(offer.start, []).append(offer)
-    borders = sorted({*starting, *(offer.end for offer in offers)})
-    came_by: dict[int, tuple[Offer, int]] = {}  # border: the hop that ends there best, its start
-    active: list[Offer] = []
-    previous = blocks.start
-    for border in borders:
-        best = 0.0 if border == blocks.start else float("inf")
-        for offer in active:
-            offer.cost += offer.per_block * (border - previous)
-            if offer.cost < best:
-                best = offer.cost
-                came_by[border] = offer, offer.entry
-        active = [offer for offer in active if offer.end > border]
-        active += starting.get(border, ())
-        for offer in active:
-            if best + offer.fixed < offer.cost:
-                offer.cost = best + offer.fixed
-                offer.entry = border
-        previous = border
-    hops: list[RouteHop] = []
-    border = blocks.end
-    while border > blocks.start:
-        offer, entry = came_by[border]
-        hops.append(RouteHop(offer.server, BlockRange(entry, border)))
-        border = entry
-    return tuple(reversed(hops))
+def better_route(stay: float, go: float, replay: float) -> bool:
+    """Whether to leave a route on which the rest takes `stay` seconds for one on which it takes
+    `go`, after `replay` seconds in which new hops are told what was. Who could save little stays:
+    estimates are rough, others want to move to the same place, and it comes back every turn."""
+    return stay - go - replay > max(_LEAST_GAIN, _GAIN * stay)
+
+
+def _chart(servers: Sequence[SignedRecord] | Chart) -> Chart:
+    return servers if isinstance(servers, Chart) else Chart(servers)
 
 
 def _gaps(spans: Iterable[tuple[int, int]], blocks: BlockRange) -> list[BlockRange]:
@@ -158,7 +134,7 @@ def _gaps(spans: Iterable[tuple[int, int]], blocks: BlockRange) -> list[BlockRan
     gaps: list[BlockRange] = []
     covered = blocks.start
     for start, end in sorted([*spans, (blocks.end, blocks.end)]):
-        if start > covered:
+        if min(start, blocks.end) > covered:
             gaps.append(BlockRange(covered, min(start, blocks.end)))
         covered = max(covered, end)
     return gaps
@@ -166,23 +142,28 @@ def _gaps(spans: Iterable[tuple[int, int]], blocks: BlockRange) -> list[BlockRan
 
 def _explain(
     missing: Sequence[BlockRange],
-    holders: Sequence[SignedRecord],
+    holders: Holders,
     request: Request,
     book: PeerBook,
     now: float,
 ) -> str:
     name = request.model.name
-    spans = ((server.record.blocks.start, server.record.blocks.end) for server in holders)
-    unheld = _gaps(spans, request.blocks)
-    if unheld:
+    held = [server.record for server in holders.servers]
+    permitted = [record for record in held if request.permits(record.peer_id)]
+    if unheld := _gaps(_ends(held), request.blocks):
         return (
             f"blocks {_list(unheld)} of {name} are served by nobody in {request.numerics.dtype}; "
             f"start one with: swarm-server {name} --blocks {unheld[0]} --peers ..."
         )
+    if unheld := _gaps(_ends(permitted), request.blocks):
+        return (
+            f"blocks {_list(unheld)} of {name} are held only by servers that this client may not "
+            "use: look at its allowed_servers and blocked_servers"
+        )
     waits = [
-        book.banned_until(server.record.peer_id) - now
-        for server in holders
-        if any(server.record.blocks.overlaps(gap) for gap in missing)
+        book.banned_until(record.peer_id) - now
+        for record in permitted
+        if any(record.blocks.overlaps(gap) for gap in missing)
     ]
     again = min((wait for wait in waits if wait > 0), default=0.0)
     when = f"in {ceil(again)} s" if again else "when they are free"
@@ -191,6 +172,10 @@ def _explain(
         f"try again {when}, or start another with: "
         f"swarm-server {name} --blocks {missing[0]} --peers ..."
     )
+
+
+def _ends(records: Iterable[ServerRecord]) -> Iterator[tuple[int, int]]:
+    return ((record.blocks.start, record.blocks.end) for record in records)
 
 
 def _list(ranges: Sequence[BlockRange]) -> str:

@@ -76,6 +76,7 @@ class ServerRecord(BaseModel):
     numerics: Numerics = Numerics()
     state: ServerState = ServerState.ONLINE
     throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0  # tokens/s, span
+    batch_throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0  # 16 rows
     next_rtts: Annotated[dict[Tag, Milliseconds], Field(max_length=8)] = {}  # by peer_tag(peer id)
     queue: Annotated[int, Field(ge=0, le=65_535)] = 0  # steps waiting
     free_tokens: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # KV cache slots

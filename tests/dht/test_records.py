@@ -62,6 +62,7 @@ RECORDS = st.builds(
     numerics=st.builds(Numerics, st.sampled_from(["float32", "bfloat16", "float16"])),
     state=st.sampled_from(ServerState),
     throughput=st.floats(0, 1e9),
+    batch_throughput=st.floats(0, 1e9),
     next_rtts=st.dictionaries(
         st.text(string.ascii_letters, min_size=8, max_size=8), st.integers(0, 65_535), max_size=8
     ),
@@ -93,6 +94,7 @@ def test_the_largest_record_fits() -> None:
         numerics=Numerics("bfloat16"),
         state=ServerState.DRAINING,
         throughput=1 / 3,
+        batch_throughput=1 / 3,
         next_rtts={f"{i:08}": 65_535 for i in range(8)},
         queue=65_535,
         free_tokens=2**32 - 1,
@@ -126,6 +128,7 @@ def test_the_largest_record_fits() -> None:
         {"throughput": float("nan")},
         {"throughput": float("inf")},
         {"throughput": -1.0},
+        {"batch_throughput": 1.1e9},
         {"queue": -1},
         {"next_rtts": {"short": 1}},
         {"next_rtts": {f"{i:08}": 1 for i in range(9)}},
@@ -166,9 +169,9 @@ def _signed_payload(payload: object) -> bytes:
         [],
         [1],
         [2, "of a later schema"],
-        [1] * 25,
+        [1] * 26,
         [1, "m", b"f" * 32, 5, 2, "float32", "none", "none", 24, "h", 1, b"d" * 32, "online"],
-        [1, "m", 10**15, *[0] * 22],
+        [1, "m", 10**15, *[0] * 23],
     ],
 )
 def test_signed_nonsense_is_refused(payload: object) -> None:

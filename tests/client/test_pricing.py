@@ -1,0 +1,131 @@
+"""What is measured counts, what is announced is believed within bounds, the unknown has a price."""
+
+import random
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.client.peers import PeerBook
+from swarm.client.routing import Chart, find_route
+from swarm.dht.records import SignedRecord, peer_tag
+from tests.client.market import book, request, route, server
+
+
+def test_lan_neighbours_that_are_far_from_the_client_are_better_than_two_that_are_near_it() -> None:
+    servers = [
+        server("near-abc", "0:8"),
+        server("near-xyz", "8:16"),
+        server("far-abcd", "0:8", next_rtts={peer_tag("far-wxyz"): 1}),
+        server("far-wxyz", "8:16"),
+    ]
+    peers = book(**{"near-abc": 0.06, "near-xyz": 0.06, "far-abcd": 0.1, "far-wxyz": 0.1})
+    assert route(servers, request("0:16"), peers) == [("far-abcd", "0:8"), ("far-wxyz", "8:16")]
+
+
+def test_a_link_that_is_announced_to_be_bad_is_gone_around() -> None:
+    servers = [
+        server("aaaaaaaa", "0:8", next_rtts={peer_tag("bbbbbbbb"): 2000}),
+        server("bbbbbbbb", "8:16"),
+        server("cccccccc", "8:16"),
+    ]
+    peers = book(aaaaaaaa=0.01, bbbbbbbb=0.01, cccccccc=0.05)
+    assert route(servers, request("0:16"), peers) == [("aaaaaaaa", "0:8"), ("cccccccc", "8:16")]
+
+
+def test_nobody_comes_nearer_by_what_is_said_than_our_own_measurements_allow() -> None:
+    """A server that announces to be next to all others, and is not next to us."""
+    liar = server("liarliar", "0:8", next_rtts={peer_tag("bbbbbbbb"): 0})
+    servers = [liar, server("aaaaaaaa", "0:8"), server("bbbbbbbb", "8:16")]
+    peers = book(liarliar=0.2, aaaaaaaa=0.05, bbbbbbbb=0.05)
+    chosen = [("aaaaaaaa", "0:8"), ("bbbbbbbb", "8:16")]
+    assert route(servers, request("0:16"), peers) == chosen
+    # As far as from us to the nearer one and back: nothing can be said about who was not measured.
+    peers = book(aaaaaaaa=0.09, bbbbbbbb=0.05)
+    assert route(servers, request("0:16"), peers) == chosen
+
+
+def test_servers_without_room_are_used_only_if_there_are_no_others() -> None:
+    full, slow = server("full", "0:8", free_tokens=40), server("slow", "0:8", throughput=20.0)
+    assert route([full, slow], request("0:8")) == [("slow", "0:8")]
+    assert route([full], request("0:8")) == [("full", "0:8")]
+    assert route([full, slow], request("0:8", prompt_tokens=4, new_tokens=8)) == [("full", "0:8")]
+
+
+def test_many_rows_go_to_who_is_good_at_batches() -> None:
+    alone = server("alone", "0:8", throughput=30.0, batch_throughput=32.0)
+    batch = server("batch", "0:8", throughput=15.0, batch_throughput=300.0)
+    assert route([alone, batch], request("0:8", prompt_tokens=1)) == [("alone", "0:8")]
+    assert route([alone, batch], request("0:8", rows=16)) == [("batch", "0:8")]
+
+
+def test_a_long_prompt_goes_where_bytes_and_prompts_have_gone_quickly() -> None:
+    servers = [server("slow", "0:8"), server("quick", "0:8")]
+    reading = request("0:8", prompt_tokens=10_000, position_bytes=8192)
+    for _ in range(4):
+        peers = book(slow=0.01, quick=0.012)
+        peers.pace.crossed(("", "slow"), 1e-6, waited=True)
+        peers.pace.crossed(("", "quick"), 1e-8, waited=False)
+        assert route(servers, request("0:8"), peers) == [("slow", "0:8")]
+        assert route(servers, reading, peers) == [("quick", "0:8")]
+    peers = book(slow=0.01, quick=0.012)
+    peers.pace.computed("slow", 8, 512, 8.0)
+    peers.pace.computed("quick", 8, 512, 0.1)
+    assert route(servers, reading, peers) == [("quick", "0:8")]
+
+
+def test_who_has_more_room_is_chosen_more_often_among_equals() -> None:
+    servers = [server("large", "0:8", free_tokens=4 * 48), server("small", "0:8", free_tokens=48)]
+    lots = random.Random(1)
+    chosen = [route(servers, request("0:8"), tiebreak=lots.random())[0][0] for _ in range(1000)]
+    assert 700 < chosen.count("large") < 900  # four of five
+
+
+def shares(servers: Sequence[SignedRecord], clients: Sequence[PeerBook]) -> dict[str, float]:
+    """Which part of all clients chooses each of some servers."""
+    lots, chart = random.Random(2), Chart(servers)
+    chosen = [
+        hop.server.record.peer_id
+        for peers in clients
+        for hop in find_route(chart, request("0:8"), peers, 0.0, tiebreak=lots.random())
+    ]
+    return {name: chosen.count(name) / len(clients) for name in set(chosen)}
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.integers(2, 12),
+    st.floats(101.0, 1e9),
+    st.floats(0.0, 1e9),
+    st.integers(0, 8),
+    st.booleans(),
+)
+def test_a_liars_share_is_bounded_and_gone_when_its_first_steps_were_seen(
+    honest: int, claim: float, batch: float, measured: int, unmeasured_rtt: bool
+) -> None:
+    names = [f"honest-{i:02}" for i in range(honest)]
+    lies = {peer_tag(name): 0 for name in names[:8]}
+    liar = server("liarliar", "0:8", throughput=claim, batch_throughput=batch, next_rtts=lies)
+    servers = [liar, *(server(name, "0:8", throughput=100.0, queue=0) for name in names)]
+    clients = [PeerBook(random.Random(i)) for i in range(100)]
+    for peers in clients:
+        for name in names[:measured]:
+            peers.worked(name, 1, 1 / 100.0, 8)
+        if not unmeasured_rtt:
+            for name in [*names, "liarliar"]:
+                peers.measured(name, 0.02)
+    # One client in four believes it; to the others it is as good as all others, or nearly.
+    assert shares(servers, clients).get("liarliar", 0.0) < 1 / 4 + 1 / (honest + 1) + 0.1
+    for peers in clients:  # it took ten times as long as the others, whatever it says
+        peers.measured("liarliar", 0.02)
+        peers.worked("liarliar", 1, 0.0, 8, elapsed=0.02 + 10 / 100.0)
+    assert "liarliar" not in shares(servers, clients)
+
+
+def test_how_slow_somebody_was_is_forgotten_in_time() -> None:
+    servers = [server("once", "0:8"), server("other", "0:8", throughput=50.0)]
+    peers = book()
+    peers.worked("once", 1, 10.0, 8, now=0.0)
+    wanted = request("0:8")
+    assert find_route(servers, wanted, peers, 600.0)[0].server.record.peer_id == "other"
+    assert find_route(servers, wanted, peers, 601.0)[0].server.record.peer_id == "once"
