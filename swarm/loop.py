@@ -12,6 +12,9 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
+WORK_THREAD = "swarm-work"
+"""The name of the threads of `in_thread`."""
+
 _CLOSE_SECONDS = 5.0  # how long tasks may take to notice that they are cancelled
 
 
@@ -44,7 +47,7 @@ async def in_thread(function: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(lambda: future.done() or settle(cast(Any, value)))
 
-    threading.Thread(target=run, name="swarm-work", daemon=True).start()
+    threading.Thread(target=run, name=WORK_THREAD, daemon=True).start()
     return await future
 
 

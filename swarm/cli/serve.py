@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from swarm.cli import INTERRUPTED
@@ -22,10 +24,11 @@ from swarm.cli.common import (
     read_peers,
     whole,
 )
-from swarm.loop import run
+from swarm.loop import WORK_THREAD, run
 from swarm.types import BlockRange
 
 DHT_PORT = 31330
+_MOST_TOKENS = 1e9  # per second, that a record may tell
 
 _SERVER_HELP = """\
 Serve consecutive blocks of a model to a swarm.
@@ -70,6 +73,7 @@ def server_parser() -> Parser:
         metavar="N",
         help="serve the N blocks that the swarm needs most (default: as many as fit)",
     )
+    _add_balancing(parser)
     _add_listening(parser, port=0)
     parser.add_argument(
         "--dht-port",
@@ -109,6 +113,37 @@ def server_parser() -> Parser:
     return parser
 
 
+def _add_balancing(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "staying of use",
+        "Without --blocks, a server moves to other blocks when the swarm gains by it: it lets "
+        "sessions go elsewhere first, and never leaves a block that nobody else holds.",
+    )
+    group.add_argument(
+        "--balance-quality",
+        type=_share,
+        metavar="Q",
+        default=0.75,
+        help="from 0 to 1: move only while the swarm's rarest block carries less than Q of what "
+        "all servers could carry if they were spread evenly (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-rebalance",
+        dest="balance_quality",
+        action="store_const",
+        const=0.0,
+        help="stay where it began",
+    )
+    group.add_argument(
+        "--throughput",
+        type=_throughput,
+        metavar="auto|eval|NUMBER",
+        default="auto",
+        help="what one block would give here, in tokens/s: auto (the default) measures it once and "
+        "remembers, eval measures anew, and a number is believed",
+    )
+
+
 def dht_parser() -> Parser:
     parser = joining_parser("swarm-dht", _DHT_HELP)
     _add_listening(parser, port=DHT_PORT)
@@ -138,6 +173,22 @@ def _add_listening(parser: Parser, *, port: int) -> None:
     )
 
 
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (share := float(text)) <= 1:
+            return share
+    raise argparse.ArgumentTypeError(f"'{text}' is no number from 0 to 1, such as 0.75")
+
+
+def _throughput(text: str) -> float | str:
+    if text in ("auto", "eval"):
+        return text
+    with suppress(ValueError):
+        if 0 < (speed := float(text)) <= _MOST_TOKENS:
+            return speed
+    raise argparse.ArgumentTypeError(f"'{text}' is neither auto nor eval nor a number of tokens/s")
+
+
 def _host(text: str) -> str:
     if not re.fullmatch(r"[\w.:-]{1,56}", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"'{text}' is neither an IP address nor a name")
@@ -150,7 +201,8 @@ def serve(argv: Sequence[str]) -> int:
     # From here on it takes seconds: what was typed is right, as far as that can be told cheaply.
     with quick_imports():
         from swarm.config import ServerLimits
-        from swarm.server.node import ServerConfig, ServerNode
+        from swarm.server.choice import ServerConfig
+        from swarm.server.node import ServerNode
 
     del asked["verbose"]
     peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_bytes=asked.pop("kv_bytes"))
@@ -161,6 +213,8 @@ def serve(argv: Sequence[str]) -> int:
             life.begin(node.ready_line)
             await node.wait(life.stop)
             await node.drain()
+        if any(thread.name == WORK_THREAD for thread in threading.enumerate()):
+            os._exit(0)  # it loads for a move that will not be, and torch would abort
 
     return _live(work)
 

@@ -59,6 +59,12 @@ def load_span(
     return span
 
 
+def fetch_span(checkpoint: Checkpoint, blocks: BlockRange) -> None:
+    """Have on disk what `load_span` will read. Raises CheckpointError."""
+    cls = _pruned_class(causal_class(checkpoint.config), lambda model: strip(model, blocks))
+    _fetch(checkpoint, _needed(cls, checkpoint.config, checkpoint.tensor_files))
+
+
 def _give_back_memory() -> None:
     """Weights that were converted or packed leave holes, which glibc keeps unless it is asked."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -97,7 +103,7 @@ def _load(
         )
     pruned = _pruned_class(cls, prune)
     names = _needed(pruned, config, checkpoint.tensor_files)
-    paths = checkpoint.fetch({checkpoint.tensor_files[name] for name in names})
+    paths = _fetch(checkpoint, names)
     with _frugal_loading():
         model, report = cast(Any, pruned).from_pretrained(
             None,
@@ -111,6 +117,10 @@ def _load(
         some = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(f"{checkpoint.name} lacks tensors that the model needs: {some}")
     return model.requires_grad_(False)
+
+
+def _fetch(checkpoint: Checkpoint, names: Collection[str]) -> Mapping[str, Path]:
+    return checkpoint.fetch({checkpoint.tensor_files[name] for name in names})
 
 
 def _pruned_class(

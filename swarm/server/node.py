@@ -6,74 +6,50 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Literal, cast, get_args
 
-import torch
 from pydantic import ValidationError
 
 from swarm.certificates import issue_certificate, needs_rotation
-from swarm.config import ServerLimits
 from swarm.dht.addresses import joinable_at, own_host
 from swarm.dht.announcer import Announcer
-from swarm.dht.directory import Directory, SwarmView, list_models
+from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerRecord, ServerState, open_record
-from swarm.errors import InvalidRecord, OutOfPages, PeerUnavailable, UsageError
-from swarm.identity import Access, Identity, SwarmKey
+from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
+from swarm.identity import Access, Identity
 from swarm.loop import in_thread
 from swarm.messages import PushTarget
 from swarm.models.checkpoint import Checkpoint
-from swarm.models.families import text_config
-from swarm.models.loading import load_span
+from swarm.models.loading import fetch_span
 from swarm.models.selftest import prove_split
 from swarm.models.spans import Span, SplitProof
 from swarm.rpc import RpcServer, RpcTransport
-from swarm.server import placement, throughput
-from swarm.server.backend import Backend
-from swarm.server.balancer import holders_in
+from swarm.server import throughput
+from swarm.server.balancer import Balancer, look_again, others_in
+from swarm.server.choice import (
+    ServerConfig,
+    count_blocks,
+    open_announced_model,
+    open_model,
+    pick_dtype,
+    size_span,
+)
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
-from swarm.server.placement import believe
-from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES
+from swarm.server.placement import Holder, believe, choose_span
+from swarm.server.serving import Serving, Source
 from swarm.transport import Endpoint, Service
-from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics
+from swarm.types import DTYPE_BYTES, BlockRange, ModelId, Numerics
 
 logger = logging.getLogger(__name__)
 
 _STREAMS_PER_SESSION = 3  # the client's, the hop before's, and one that is being replaced
 _ROTATION_LOOK_SECONDS = 3600.0
-_DRAIN_LOOK_SECONDS = 0.05
 _GOODBYE_SECONDS = 3.0  # for telling the DHT that we drain
-
-
-@dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """What a server is asked to be. Where a choice is None or `auto`, the swarm decides."""
-
-    model: str | Path | None = None
-    model_name: str | None = None  # by which others know the model
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    blocks: BlockRange | None = None
-    num_blocks: int | None = None
-    peers: tuple[str, ...] = ()
-    host: str = "0.0.0.0"  # noqa: S104  # volunteers serve the world
-    port: int = 0
-    dht_port: int = 0
-    announce_host: str | None = None
-    public_name: str = ""
-    dtype: DType | Literal["auto"] = "auto"
-    device: str = "auto"
-    identity: Path | None = None  # None: a new one each time
-    swarm_key: SwarmKey | None = field(default=None, repr=False)
-    limits: ServerLimits = field(default_factory=ServerLimits)
 
 
 class ServerNode:
@@ -95,9 +71,9 @@ class ServerNode:
         """Use `running`."""
         self._config = config
         self._door = Door()
+        self._transport = RpcTransport()
         self._tasks: list[asyncio.Task[None]] = []
         self._state = ServerState.JOINING
-        self._throughput = 0.0  # tokens/s, known once the span is loaded
 
     @property
     def ready_line(self) -> str:
@@ -108,35 +84,34 @@ class ServerNode:
     async def wait(self, stop: asyncio.Event) -> None:
         """Until `stop` is set. Raises what a background task failed with: a defect."""
         stopping = asyncio.create_task(stop.wait())
+        running: set[asyncio.Task[None] | asyncio.Task[bool]] = {stopping, *self._tasks}
         try:
-            done, _ = await asyncio.wait(
-                {stopping, *self._tasks}, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in done - {stopping}:
-                task.result()
+            while not stopping.done():
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
         finally:
             stopping.cancel()
 
     async def drain(self) -> None:
         """Admit nobody any more, and give sessions `stop_timeout` seconds to end or move."""
-        deadline = time.monotonic() + self._config.limits.stop_timeout
-        self._handler.draining = True
+        self._balancing.cancel()
+        await asyncio.wait({self._balancing})
+        drained = asyncio.create_task(self._serving.drain())
         with suppress(TimeoutError):
             async with asyncio.timeout(_GOODBYE_SECONDS):
                 await self._announce(ServerState.DRAINING)
-        logger.info("leaving; %d sessions are open", self._handler.sessions)
-        # Looking is enough: this happens once, for seconds, and the handler need not know of it.
-        while self._handler.sessions and time.monotonic() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+        logger.info("leaving; %d sessions are open", self._serving.sessions)
+        await drained
 
     async def _start(self, stack: AsyncExitStack) -> None:
         config = self._config
         identity = Identity.load_or_create(config.identity) if config.identity else None
         access = Access(identity or Identity.ephemeral(), config.swarm_key)
-        device = throughput.pick_device(config.device)
+        self._device = throughput.pick_device(config.device)
         checkpoint = studying = None
         if config.model is not None or not config.peers:
-            checkpoint = await self._open(config.model)  # before others are bothered
+            checkpoint = await open_model(config, config.model)  # before others are bothered
             studying = self._study(checkpoint, stack)
         self._host = config.announce_host or own_host(config.host, config.peers)
         self._dht = await DhtNode.create(
@@ -148,29 +123,24 @@ class ServerNode:
         )
         stack.push_async_callback(self._dht.close)
         self.peers = joinable_at(self._host, await self._dht.visible_addresses())
-        checkpoint = checkpoint or await self._open_what_is_announced()
-        self._proof, block_parameters = await (studying or self._study(checkpoint, stack))
-        await self._choose(checkpoint, access, device, block_parameters)
+        checkpoint = checkpoint or await open_announced_model(config, self._dht)
+        proof, block_parameters = await (studying or self._study(checkpoint, stack))
+        view = await self._choose(checkpoint, access, proof, block_parameters)
         await self._listen(stack)
         await self._introduce(stack)
-        span = await in_thread(lambda: self._load(checkpoint, device))
-        await self._serve(stack, span)
+        if config.blocks is None and config.peers:
+            await self._announce(ServerState.JOINING)
+            self.blocks = await self._settle(view)
+            self._announcer.changed()
+            logger.info("blocks %s are those that the swarm has least of", self.blocks)
+        stack.push_async_callback(self._transport.close)
+        stack.push_async_callback(self._serving.close)
+        await self._serving.open(self.blocks)
+        # Sessions must end before what they use does.
+        stack.push_async_callback(self._rpc.stop, 0.0)
         await self._announce(ServerState.ONLINE)
-
-    async def _open(self, model: str | Path | None) -> Checkpoint:
-        config = self._config
-        checkpoint = await in_thread(
-            lambda: Checkpoint.open(
-                model, name=config.model_name, revision=config.revision, token=config.token
-            )
-        )
-        count = text_config(checkpoint.config).num_hidden_layers
-        if config.blocks is not None and config.blocks.end > count:
-            raise UsageError(
-                f"{checkpoint.name} has blocks 0:{count}, so it cannot serve {config.blocks}: "
-                f"choose --blocks within 0:{count}"
-            )
-        return checkpoint
+        self._balancing = asyncio.create_task(self._balance())
+        self._tasks.append(self._balancing)
 
     def _study(
         self, checkpoint: Checkpoint, stack: AsyncExitStack
@@ -192,35 +162,16 @@ class ServerNode:
         stack.push_async_exit(outlive)
         return studying
 
-    async def _open_what_is_announced(self) -> Checkpoint:
-        models = await list_models(self._dht)
-        if not models:
-            raise UsageError("this swarm serves no model yet: say which MODEL to serve")
-        wanted = models[0].model
-        try:
-            checkpoint = await self._open(wanted.name)
-        except UsageError as error:
-            raise UsageError(
-                f"this swarm serves {wanted}, which cannot be had by its name ({error}): "
-                f"give its folder as MODEL and --model-name {wanted.name}"
-            ) from error
-        if checkpoint.fingerprint != wanted.fingerprint:
-            raise UsageError(
-                f"this swarm serves {wanted}, and what is found under that name has other weights: "
-                "say which MODEL (and --revision) to serve"
-            )
-        return checkpoint
-
     async def _choose(
-        self, checkpoint: Checkpoint, access: Access, device: torch.device, block_parameters: int
-    ) -> None:
+        self, checkpoint: Checkpoint, access: Access, proof: SplitProof, block_parameters: int
+    ) -> SwarmView:
         """Settle what is served: blocks and numerics, by what others do."""
         config, model = self._config, ModelId(checkpoint.name, checkpoint.fingerprint)
-        self._num_blocks: int = text_config(checkpoint.config).num_hidden_layers
-        view = SwarmView(model, self._num_blocks)
+        self._directory = Directory(self._dht, model, count_blocks(checkpoint))
+        view = self._directory.view
         if config.peers:
-            view = await Directory(self._dht, model, self._num_blocks).refresh()
-        dtype = _pick_dtype(config.dtype, checkpoint, view, device)
+            view = await self._directory.refresh()
+        dtype = pick_dtype(config.dtype, checkpoint, view, self._device)
         self._served = Served(
             model=model,
             numerics=Numerics(dtype=dtype),
@@ -228,26 +179,29 @@ class ServerNode:
             certificate_digest=lambda: self._certificate.digest,
             record=self._signed_record,
         )
-        block_bytes = block_parameters * DTYPE_BYTES[dtype]
-        free_bytes = throughput.free_bytes(device)
-        kv_bytes = config.limits.kv_bytes
-        asked = len(config.blocks) if config.blocks else config.num_blocks
-        if asked:
-            placement.check_fit(
-                min(asked, self._num_blocks), block_bytes=block_bytes, free_bytes=free_bytes
-            )
+        source = Source(
+            checkpoint,
+            proof,
+            dtype,
+            self._device,
+            block_parameters * DTYPE_BYTES[dtype],
+            config.limits,
+            given=config.throughput if isinstance(config.throughput, float) else None,
+            anew=config.throughput == "eval",
+        )
+        self._serving = Serving(source, self._door, self._handle)
+        self._fetch = lambda blocks: fetch_span(checkpoint, blocks)
+        wanted = size_span(config, checkpoint, dtype, self._device, block_parameters)
         if config.blocks is not None:
             self.blocks = config.blocks
-            return
-        wanted = asked or placement.fitting_blocks(
-            self._num_blocks,
-            block_bytes=block_bytes,
-            cache_bytes=0 if kv_bytes else throughput.cache_bytes(checkpoint.config, dtype),
-            free_bytes=free_bytes - (kv_bytes or 0),
-        )
-        holders = believe(holders_in(view, self._served.numerics))
-        self.blocks = placement.choose_span(self._num_blocks, holders, wanted)
-        logger.info("blocks %s are those that the swarm has least of", self.blocks)
+            return view
+        others = others_in(view, self._served.numerics, access.identity.peer_id)
+        self.blocks = choose_span(view.num_blocks, believe(others), wanted)
+        return view
+
+    async def _settle(self, before: SwarmView) -> BlockRange:
+        """What is left to us of the announced blocks by others who chose at the same time."""
+        return await look_again(self._directory, before, self._served.numerics, self.holder)
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         """Take the port, which may be in use, before time is spent on weights."""
@@ -276,59 +230,83 @@ class ServerNode:
         for work in (self._announcer.run(), self._keep_certificate_fresh()):
             self._tasks.append(asyncio.create_task(work))
 
-    def _load(self, checkpoint: Checkpoint, device: torch.device) -> Span:
-        dtype = TORCH_DTYPES[self._served.numerics.dtype]
-        logger.info("loading blocks %s of %s as %s", self.blocks, checkpoint.name, dtype)
-        try:
-            span = load_span(checkpoint, self.blocks, dtype=dtype, device=device, proof=self._proof)
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"blocks {self.blocks} do not fit into {device}: serve fewer with --num-blocks"
-            ) from error
-        store = span.store
-        store.budget = self._config.limits.kv_bytes or throughput.cache_budget(device)
-        tokens = store.budget // store.token_bytes
-        logger.info("%.2f GiB for keys and values: %d tokens", store.budget / 2**30, tokens)
-        try:
-            self._throughput = throughput.tokens_per_second(span)
-        except OutOfPages as error:
-            raise UsageError(
-                f"{store.budget} bytes for keys and values hold not one short text, as each token "
-                f"takes {store.token_bytes}: give more --kv-memory, or serve fewer --blocks"
-            ) from error
-        return span
+    def _handle(self, span: Span, executor: Executor) -> Handler:
+        return Handler(
+            self._served, span, executor, self._transport, self.resolve, self._config.limits
+        )
 
-    async def _serve(self, stack: AsyncExitStack, span: Span) -> None:
-        limits = self._config.limits
-        executor = Executor(Backend(span), limits.pass_tokens)
-        executor.start()
-        stack.push_async_callback(executor.stop)
-        transport = RpcTransport()
-        stack.push_async_callback(transport.close)
-        self._handler = Handler(self._served, span, executor, transport, self.resolve, limits)
-        self._door.handler = self._handler
-        # Sessions must end before what they use does.
-        stack.push_async_callback(self._rpc.stop, 0.0)
+    # Staying of use --------------------------------------------------------------------------
+
+    async def _balance(self) -> None:
+        """Finish what a start need not wait for; then move when that pays."""
+        config = self._config
+        await self._measure()
+        if config.blocks is None and config.balance_quality > 0:
+            rng = random.SystemRandom()
+            numerics, quality = self._served.numerics, config.balance_quality
+            balancer = Balancer(self._directory, numerics, self, quality, rng)
+            await balancer.run(config.limits.balance_seconds)
+
+    async def _measure(self) -> None:
+        await self._serving.measure()
+        self._announcer.changed()
+
+    @property
+    def holder(self) -> Holder:
+        """This server, as placement sees it."""
+        record = self.record
+        speed = max(record.throughput, record.batch_throughput) * len(record.blocks)
+        return Holder(record.peer_id, record.blocks, speed)
+
+    @property
+    def move_seconds(self) -> float:
+        return self._serving.move_seconds
+
+    async def fetch(self, blocks: BlockRange) -> None:
+        await in_thread(lambda: self._fetch(blocks))
+
+    async def move(self, blocks: BlockRange, view: SwarmView) -> bool:
+        """Serve other blocks from now on, under the same name and address. Raises UsageError."""
+        before, self.blocks = self.blocks, blocks
+        # The record gives up the old blocks and claims the new ones at once.
+        await self._announce(ServerState.JOINING)
+        if await self._settle(view) != blocks:
+            self.blocks = before
+            await self._announce(ServerState.ONLINE)
+            return False
+        logger.info("moving from blocks %s to %s", before, blocks)
+        try:
+            await self._serving.replace(blocks)
+        except UsageError:
+            self.blocks = before
+            await self._announce(ServerState.ONLINE)
+            raise
+        await self._announce(ServerState.ONLINE)
+        await self._measure()
+        return True
 
     @property
     def record(self) -> ServerRecord:
         """What this server says about itself at the moment."""
         load = self._door.handler.load() if self._door.handler else None
+        speeds = self._serving.speeds(self.blocks)
         return ServerRecord(
             peer_id=self._served.access.identity.peer_id,
             model=self._served.model,
             blocks=self.blocks,
-            num_blocks=self._num_blocks,
+            num_blocks=self._directory.view.num_blocks,
             host=self._host,
             port=self._port,
             certificate_digest=self._certificate.digest,
             numerics=self._served.numerics,
             state=self._state,
-            throughput=self._throughput,
+            throughput=speeds.alone,
+            batch_throughput=speeds.of_16,
             queue=min(load.queue, 65_535) if load else 0,
             free_tokens=load.free_tokens if load else 0,
             version=_version(),
             public_name=self._config.public_name,
+            lifetime=self._config.limits.record_lifetime,
         )
 
     def _signed_record(self) -> bytes:
@@ -366,25 +344,6 @@ class ServerNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
-
-
-def _pick_dtype(
-    wanted: DType | Literal["auto"], checkpoint: Checkpoint, view: SwarmView, device: torch.device
-) -> DType:
-    """What others compute this model in, so that routes can be made.
-
-    Else float32 on a CPU, which is exact there and slow in half precision, and elsewhere as stored.
-    """
-    if wanted != "auto":
-        return wanted
-    if view.servers:
-        common = Counter(server.record.numerics.dtype for server in view.servers)
-        return cast(DType, common.most_common(1)[0][0])
-    if device.type == "cpu":
-        return "float32"
-    own = text_config(checkpoint.config).dtype or getattr(checkpoint.config, "dtype", None)
-    name = DTYPE_NAMES.get(own, "float32") if isinstance(own, torch.dtype) else "float32"
-    return cast(DType, name) if name in get_args(DType) else "float32"
 
 
 def _version() -> str:

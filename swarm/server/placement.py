@@ -105,11 +105,12 @@ def consider_move(
 ) -> BlockRange | None:
     """Where `me` should move to, or None, which is the usual answer.
 
-    `quality` in 0..1: all is well while the swarm gives that share of what its servers could, and
-    a gain of less than the rest of this server's share is not worth a move. `move_seconds` is what
-    a move costs in time: leaving, loading, and replays elsewhere. `now_random` is in [0, 1): of
-    several that could move, the best does so at once, the r-th best with a chance of 1 in r, in
-    case those before it cannot. Nobody leaves a block that no other server holds.
+    `quality` in 0..1: all is well while the swarm gives that share of what its servers could; and a
+    gain is worth a move if it is more than the rest of this server's share, or of what the blocks
+    give after it. `move_seconds` is what a move costs in time: leaving, loading, and replays
+    elsewhere. `now_random` is in [0, 1): of several that could move, the best does so at once, the
+    r-th best with a chance of 1 in r, in case those before it cannot. Nobody leaves a block that no
+    other server holds.
     """
     others = [holder for holder in holders if holder.peer_id != me.peer_id]
     before = capacities(num_blocks, [*others, me])
@@ -120,10 +121,15 @@ def consider_move(
     after = capacities(num_blocks, [*others, replace(me, blocks=blocks)])
     changed = [b for b in range(num_blocks) if _holds(me.blocks, b) != _holds(blocks, b)]
     rarest = min((before[b] for b in changed), default=0.0)
-    gain = min((after[b] for b in changed), default=0.0) - rarest
+    level = min((after[b] for b in changed), default=0.0)
+    gain = level - rarest
     if rarest * quality > lowest:  # others are rarer: it would change nothing for the swarm
         return None
-    if gain <= (1 - quality) * me.share or gain * _STAY_SECONDS <= move_seconds * me.share:
+    if gain <= (1 - quality) * min(me.share, level):
+        return None
+    if gain * _STAY_SECONDS <= move_seconds * min(
+        me.share, lowest
+    ):  # what it cannot give meanwhile
         return None
     if now_random * (1 + _better_movers(before, others, me)) >= 1:
         return None

@@ -1,10 +1,18 @@
-"""What this machine can carry: free memory, the size of a block, tokens per second."""
+"""What this machine can carry: free memory, the size of a block, tokens per second.
+
+Speeds are measured once for a span of some length, and remembered on disk.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
+import platform
 import time
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import cast
@@ -15,11 +23,13 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from swarm.errors import UsageError
 from swarm.models.families import causal_class, find_stack, text_config
+from swarm.models.manifest import note_path, write_note
 from swarm.models.spans import Span, SpanStep
 from swarm.types import DTYPE_BYTES, DType
 
-_MEASURE_SECONDS = 0.2
-_MEASURE_STEPS = 16
+_MEASURE_SECONDS = 0.05  # for one shape of pass
+_MEASURE_PASSES = 16
+_LEAST_PASSES = 2
 _ROOMY_TOKENS = 1 << 16
 _CACHE_SHARE = 0.7  # of what is free beside the weights; the rest is for activations
 _CPU_CACHE_SHARE = 0.25  # other programs live there, too
@@ -78,17 +88,61 @@ def cache_bytes(config: PreTrainedConfig, dtype: DType) -> int:
     return 2 * int(heads) * int(size) * _ROOMY_TOKENS * DTYPE_BYTES[dtype]
 
 
-def tokens_per_second(span: Span) -> float:
-    """Decode steps of one token that the span computes in a second, for a session alone."""
-    cache = span.open_cache(span.blocks, 1, _MEASURE_STEPS + 1)
-    hidden = torch.zeros(1, 1, span.hidden_size, dtype=span.dtype, device=span.device)
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Tokens/s that go through a whole span, 0 where that is not known: decode steps of one
+    session, of 4 and of 16 together, and a prompt."""
+
+    alone: float = 0.0
+    of_16: float = 0.0
+    of_4: float = 0.0
+    prompt: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.alone:.0f} tokens/s for one session, {self.of_4:.0f} for 4 and "
+            f"{self.of_16:.0f} for 16 together, {self.prompt:.0f} of prompts"
+        )
+
+
+SHAPES = {"alone": (1, 1), "of_16": (16, 1), "of_4": (4, 1), "prompt": (1, 128)}
+"""Rows, and tokens per row, of the passes that tell a span's `Speeds`; most useful first."""
+
+
+@torch.inference_mode()
+def measure(span: Span, rows: int, tokens: int) -> float:
+    """Tokens/s of such passes; for whoever owns the device. Raises OutOfPages."""
+    passes = _MEASURE_PASSES if tokens == 1 else _LEAST_PASSES
+    hidden = torch.zeros(rows, tokens, span.hidden_size, dtype=span.dtype, device=span.device)
+    cache = span.open_cache(span.blocks, rows, tokens * passes)
     seconds: list[float] = []
     end = time.perf_counter() + _MEASURE_SECONDS
-    for _ in range(_MEASURE_STEPS):
-        begin = time.perf_counter()
-        span.run([SpanStep(cache, hidden)])[0].to("cpu")  # the copy waits for the device
-        seconds.append(time.perf_counter() - begin)
-        if begin > end and len(seconds) > 2:
-            break
-    cache.release()
-    return 1 / median(seconds)
+    try:
+        while len(seconds) < passes and (len(seconds) < _LEAST_PASSES or time.perf_counter() < end):
+            begin = time.perf_counter()
+            cache.make_room(tokens)
+            span.run([SpanStep(cache, hidden)])[0].to("cpu")  # the copy waits for the device
+            seconds.append(time.perf_counter() - begin)
+    finally:
+        cache.release()
+    return rows * tokens / median(seconds[1:])  # the first one of a shape is slower
+
+
+def remembered(key: str) -> Speeds:
+    """What was measured for `key` before (see `speeds_key`)."""
+    with suppress(OSError, ValueError, TypeError):
+        found = Speeds(**json.loads(note_path("speeds", key).read_bytes()))
+        if all(isinstance(value, float) and 0 <= value < inf for value in astuple(found)):
+            return found
+    return Speeds()
+
+
+def remember(key: str, speeds: Speeds) -> None:
+    write_note(note_path("speeds", key), json.dumps(asdict(speeds)).encode())
+
+
+def speeds_key(fingerprint: str, blocks: int, dtype: DType, device: torch.device) -> str:
+    """What speeds depend on: they are measured anew when any of it is another."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    machine = f"{platform.node()}\n{device.type}\n{where}\n{torch.get_num_threads()}"
+    return f"{fingerprint}\n{blocks}\n{dtype}\n{machine}\n{torch.__version__}"

@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from swarm.identity import Identity
 from swarm.loop import run
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
+from swarm.server.choice import ServerConfig, pick_dtype
 from swarm.server.door import Door
-from swarm.server.node import ServerConfig, ServerNode, _pick_dtype
+from swarm.server.node import ServerNode
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
 
@@ -123,6 +124,51 @@ def test_servers_without_blocks_share_the_model_and_one_leaves(config: ServerCon
     play(scene())
 
 
+def test_a_spare_server_moves_to_where_one_left_and_is_the_same_server(
+    config: ServerConfig,
+) -> None:
+    """The session that was open on it goes on elsewhere, and comes out right."""
+    config = replace(config, limits=ServerLimits(balance_seconds=0.2, stop_timeout=0.3))
+    prompt = torch.tensor([[1, 2, 3]])
+    four = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    eight = four | {"max_new_tokens": 8, "min_new_tokens": 8}
+    expected = LlamaForCausalLM.from_pretrained(config.model).generate(prompt, **eight)  # type: ignore[arg-type]
+
+    async def scene() -> None:
+        async with bystander() as (dht, peers), AsyncExitStack() as stack:
+
+            async def add(**changes: Any) -> ServerNode:
+                return await stack.enter_async_context(
+                    ServerNode.running(replace(config, peers=peers, **changes))
+                )
+
+            ending = ServerNode.running(replace(config, blocks=BlockRange(2, 4), peers=peers))
+            async with ending:
+                await add(blocks=BlockRange(0, 2), throughput=1.0)
+                spare = await add(num_blocks=2, throughput=1e6)
+                before = spare.record
+                assert str(before.blocks) == "0:2"
+                model: Any = await asyncio.to_thread(
+                    AutoDistributedModelForCausalLM.from_pretrained, config.model, peers
+                )
+                session = model.inference_session(max_length=16)
+                await asyncio.to_thread(model.generate, prompt, session=session, **four)
+                assert session.hops[0].peer_id == before.peer_id
+            async with asyncio.timeout(20):
+                while (str(spare.blocks), spare.record.state) != ("2:4", ServerState.ONLINE):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            got = await asyncio.to_thread(model.generate, None, session=session, **four)
+            assert got[0].tolist() == expected[0, -4:].tolist()
+            assert [str(hop.blocks) for hop in session.hops] == ["0:2", "2:4"]
+            assert session.hops[1].peer_id == before.peer_id
+            assert spare.record.port == before.port
+            assert not (await look(dht, spare)).missing_blocks()
+            await asyncio.to_thread(session.close)
+            await asyncio.to_thread(SwarmNetwork.leave_all)
+
+    play(scene())
+
+
 def test_without_a_model_it_serves_what_the_swarm_does(config: ServerConfig) -> None:
     async def scene() -> None:
         named = replace(config, model_name="swarm-demo", blocks=BlockRange(0, 2))
@@ -155,9 +201,9 @@ def test_alone_on_a_cpu_it_computes_exactly(config: ServerConfig, tmp_path: Path
     half.save_pretrained(tmp_path / "half")
     checkpoint = Checkpoint.open(tmp_path / "half")
     view = SwarmView(ModelId("half", checkpoint.fingerprint), 4)
-    picks = [_pick_dtype("auto", checkpoint, view, torch.device(d)) for d in ("cpu", "cuda", "mps")]
+    picks = [pick_dtype("auto", checkpoint, view, torch.device(d)) for d in ("cpu", "cuda", "mps")]
     assert picks == ["float32", "bfloat16", "bfloat16"]
-    assert _pick_dtype("float16", checkpoint, view, torch.device("cpu")) == "float16"
+    assert pick_dtype("float16", checkpoint, view, torch.device("cpu")) == "float16"
 
 
 def test_more_than_memory_holds_is_refused(
@@ -239,6 +285,7 @@ def test_it_pushes_only_to_servers_of_the_very_same_model(config: ServerConfig) 
 def test_what_cannot_be_is_said_in_one_sentence(config: ServerConfig) -> None:
     async def scene() -> None:
         await refused(replace(config, blocks=BlockRange(0, 99)), r"choose --blocks within 0:4")
+        await refused(replace(config, num_blocks=5), "has 4 blocks, not 5: choose --num-blocks up")
         await refused(replace(config, model=Path("/no/such")), "there is no folder /no/such")
         await refused(replace(config, device="cuda:77"), "no device 'cuda:77'")
         await refused(replace(config, public_name="x" * 31), "choose another --name")

@@ -176,6 +176,11 @@ def test_a_spare_server_fills_the_hole_of_one_that_died_at_once() -> None:
     assert sorted(drawn, key=str) == [BlockRange(16, 24), None]
 
 
+def test_a_hole_is_filled_even_if_a_slow_server_is_all_that_stays_behind() -> None:
+    holders = [holder("slow", 0, 8, 1.0), holder("fast", 0, 8, 1000.0)]
+    assert move(16, holders, holders[1], move_seconds=3600.0) == BlockRange(8, 16)
+
+
 def test_a_move_must_pay() -> None:
     def swarm(few: int, many: int) -> list[Holder]:
         low = [holder(f"few{i}", 0, 8) for i in range(few)]
