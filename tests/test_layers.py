@@ -44,6 +44,7 @@ PURE = {
     "swarm/client/pace.py",
     "swarm/client/peers.py",
     "swarm/client/pricing.py",
+    "swarm/client/probing.py",
     "swarm/client/routing.py",
     "swarm/client/sweep.py",
     "swarm/server/memory.py",

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import ClassVar
 
+from swarm.asking import ask, measure_rtt
 from swarm.client.hop import Terms, endpoint_of
 from swarm.client.pace import Pace
 from swarm.client.peers import PeerBook
+from swarm.client.probing import choose_probes
 from swarm.client.routing import Chart, PricedHop, Request, RouteHop, find_route, price_route
 from swarm.config import ClientConfig
 from swarm.dht.directory import Directory, SwarmView
@@ -27,18 +28,24 @@ from swarm.errors import (
     SwarmError,
     UsageError,
 )
-from swarm.identity import Access, Identity, SwarmKey, opening_transcript
+from swarm.identity import Access, Identity, SwarmKey
 from swarm.joining import initial_peers_of, swarm_key_of
 from swarm.loop import BackgroundLoop
-from swarm.messages import Info, InfoRequest, Refused
+from swarm.messages import Info
 from swarm.rpc import RpcTransport
 from swarm.transport import Endpoint
 from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics, mxint8_bytes
-from swarm.wire import decode, encode
 
 logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 20.0  # seconds between looks into the DHT while nothing is wrong
+_FIRST_PROBES = 16  # servers that are asked how far they are at the start, all at once...
+_PROBES = 2  # ...and then after each look
+_PROBE_SECONDS = 5.0
+
+
+Measure = Callable[[Endpoint], Awaitable[float]]
+"""Seconds to a server and back. Raises SwarmError."""
 
 
 class ModelRouter:
@@ -124,11 +131,28 @@ class ModelRouter:
             except PeerUnavailable as error:
                 logger.warning("cannot see the swarm: %s", error)
 
-    async def keep_looking(self) -> None:
-        """So that new servers are known before they are needed."""
+    async def keep_looking(self, measure: Measure) -> None:
+        """So that servers and their distances are known before they are needed."""
+        probes = _FIRST_PROBES
         while True:
-            await asyncio.sleep(_LOOK_EVERY)
+            await self.probe(measure, probes)
+            await asyncio.sleep(_LOOK_EVERY * (0.5 + self._rng.random()))
             await self.refresh()
+            probes = _PROBES
+
+    async def probe(self, measure: Measure, count: int) -> None:
+        """Ask some servers how far they are, as far as that is not known."""
+        now = time.monotonic()
+        chosen = choose_probes(self.view.servers, self._book, now, count, self._rng)
+
+        async def one(endpoint: Endpoint) -> None:
+            self._book.asked(endpoint.peer_id, now)
+            try:
+                self._book.measured(endpoint.peer_id, await measure(endpoint))
+            except SwarmError as error:
+                self.failed(endpoint, error)
+
+        await asyncio.gather(*map(one, map(endpoint_of, chosen)))
 
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)
@@ -145,6 +169,7 @@ class ModelRouter:
         self._book.worked(peer_id, tokens, seconds, blocks, elapsed=elapsed, now=now)
 
     def measured(self, peer_id: str, rtt: float) -> None:
+        self._book.asked(peer_id, time.monotonic())
         self._book.measured(peer_id, rtt)
 
 
@@ -225,25 +250,20 @@ class SwarmNetwork:
                 directory = Directory(self.dht, model, num_blocks)
                 rng = random.Random(self.access.identity.peer_id)
                 self._routers[key] = router = ModelRouter(directory, self._book, rng, config)
-                self._tasks.append(asyncio.create_task(router.keep_looking()))
+                await router.refresh()
+                self._tasks.append(asyncio.create_task(router.keep_looking(self._measure)))
             await self._routers[key].refresh()
             return self._routers[key]
 
         return self.loop.call(make())
 
+    async def _measure(self, endpoint: Endpoint) -> float:
+        return await measure_rtt(self.transport, self.access, endpoint, _PROBE_SECONDS)
+
     def ask(self, server: SignedRecord, timeout: float = 5.0) -> Info:
         """What a server says of itself. Raises PeerUnavailable, RemoteProtocolError."""
-        record, nonce = server.record, secrets.token_bytes(16)
-        key = self.access.identity.public_key
-        signed = opening_transcript(record.peer_id, record.certificate_digest, nonce, key)
-        question = InfoRequest(nonce=nonce, credentials=self.access.sign_opening(signed))
-        call = self.transport.call(endpoint_of(record), "info", encode(question), timeout)
-        answer = decode(self.loop.call(call))
-        if isinstance(answer, Refused):
-            raise RemoteProtocolError(ErrorCode(answer.code), answer.message)
-        if not isinstance(answer, Info):
-            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, f"'{answer.kind}' for an answer")
-        return answer
+        endpoint = endpoint_of(server.record)
+        return self.loop.call(ask(self.transport, self.access, endpoint, timeout))
 
     def numerics(self, router: ModelRouter, dtype: DType | None) -> Numerics:
         """What to compute in: `dtype`, or whatever covers most blocks of the model."""

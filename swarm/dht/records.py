@@ -30,6 +30,7 @@ MAX_RECORD_BYTES = 1024
 CLOCK_SLACK = 3600.0  # seconds that two peers' clocks may differ
 MAX_LIFETIME = 600  # seconds
 RETENTION = CLOCK_SLACK + MAX_LIFETIME  # seconds after its announcement that the DHT keeps a record
+MAX_NEXT_RTTS = 8  # servers of which a record says how far they are
 BLOCKS_PER_KEY = 8  # records are spread over DHT keys by their first block
 REGISTRY = "models"  # the DHT key where some servers of each model are listed
 
@@ -77,7 +78,9 @@ class ServerRecord(BaseModel):
     state: ServerState = ServerState.ONLINE
     throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0  # tokens/s, span
     batch_throughput: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0  # 16 rows
-    next_rtts: Annotated[dict[Tag, Milliseconds], Field(max_length=8)] = {}  # by peer_tag(peer id)
+    next_rtts: Annotated[
+        dict[Tag, Milliseconds], Field(max_length=MAX_NEXT_RTTS)
+    ] = {}  # by peer_tag
     queue: Annotated[int, Field(ge=0, le=65_535)] = 0  # steps waiting
     free_tokens: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # KV cache slots
     adapters: Annotated[tuple[Annotated[str, _text(20)], ...], Field(max_length=3)] = ()

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import ValidationError
 
+from swarm.asking import measure_rtt
 from swarm.certificates import issue_certificate, needs_rotation
 from swarm.dht.addresses import joinable_at, own_host
 from swarm.dht.announcer import Announcer
@@ -40,6 +41,7 @@ from swarm.server.choice import (
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
+from swarm.server.neighbours import Neighbours
 from swarm.server.placement import Holder, believe, choose_span
 from swarm.server.serving import Serving, Source
 from swarm.transport import Endpoint, Service
@@ -49,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 _STREAMS_PER_SESSION = 3  # the client's, the hop before's, and one that is being replaced
 _ROTATION_LOOK_SECONDS = 3600.0
+_ASK_SECONDS = 5.0  # for another server to say that it is there
 _GOODBYE_SECONDS = 3.0  # for telling the DHT that we drain
 
 
@@ -74,6 +77,7 @@ class ServerNode:
         self._transport = RpcTransport()
         self._tasks: list[asyncio.Task[None]] = []
         self._state = ServerState.JOINING
+        self._neighbours: Neighbours | None = None
 
     @property
     def ready_line(self) -> str:
@@ -139,6 +143,10 @@ class ServerNode:
         # Sessions must end before what they use does.
         stack.push_async_callback(self._rpc.stop, 0.0)
         await self._announce(ServerState.ONLINE)
+        self._neighbours = Neighbours(
+            self._directory, lambda: self.record, self._distance, random.SystemRandom()
+        )
+        self._tasks.append(asyncio.create_task(self._neighbours.run()))
         self._balancing = asyncio.create_task(self._balance())
         self._tasks.append(self._balancing)
 
@@ -302,12 +310,16 @@ class ServerNode:
             state=self._state,
             throughput=speeds.alone,
             batch_throughput=speeds.of_16,
+            next_rtts=self._neighbours.next_rtts if self._neighbours else {},
             queue=min(load.queue, 65_535) if load else 0,
             free_tokens=load.free_tokens if load else 0,
             version=_version(),
             public_name=self._config.public_name,
             lifetime=self._config.limits.record_lifetime,
         )
+
+    async def _distance(self, endpoint: Endpoint) -> float:
+        return await measure_rtt(self._transport, self._served.access, endpoint, _ASK_SECONDS)
 
     def _signed_record(self) -> bytes:
         signed = self._announcer.signed

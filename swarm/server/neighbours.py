@@ -1,0 +1,123 @@
+"""How far the servers are that a route could go to from here; this server announces it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from swarm.dht.directory import Directory
+from swarm.dht.records import (
+    MAX_NEXT_RTTS,
+    Milliseconds,
+    ServerRecord,
+    ServerState,
+    SignedRecord,
+    peer_tag,
+)
+from swarm.errors import PeerUnavailable, SwarmError
+from swarm.transport import Endpoint
+
+logger = logging.getLogger(__name__)
+
+_PERIOD = 60.0  # seconds between two rounds...
+_SECONDS_PER_SERVER = 0.1  # ...and for each server that is looked up: 10 kB/s
+_PROBES = 4  # servers that are asked in a round; twice as many in the first one
+_SMOOTHING = 0.3  # weight of the newest observation
+_MAX_MILLISECONDS = 65_535
+
+Measure = Callable[[Endpoint], Awaitable[float]]
+"""Seconds to a server and back. Raises SwarmError."""
+
+
+class Rng(Protocol):
+    """A `random.Random`."""
+
+    def random(self) -> float: ...
+
+
+class Neighbours:
+    """Run `run` as a task; `next_rtts` is for the record."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        describe: Callable[[], ServerRecord],
+        measure: Measure,
+        rng: Rng,
+    ) -> None:
+        self._directory, self._describe, self._measure = directory, describe, measure
+        self._rng = rng
+        self._rtts: dict[str, float] = {}  # seconds by peer id
+
+    @property
+    def next_rtts(self) -> dict[str, int]:
+        return pack(self._rtts)
+
+    async def run(self) -> None:
+        """Measure a few at a time, until cancelled."""
+        probes = 2 * _PROBES
+        while True:
+            try:
+                view = await self._directory.refresh()
+            except PeerUnavailable as error:
+                logger.info("cannot see who could follow: %s", error)
+                view = self._directory.view
+            await self.look(view.servers, probes)
+            probes = _PROBES
+            period = max(_PERIOD, _SECONDS_PER_SERVER * len(view.servers))
+            await asyncio.sleep(period * (0.5 + self._rng.random()))
+
+    async def look(self, servers: Sequence[SignedRecord], probes: int) -> None:
+        """One round, over the servers that there are."""
+        likely = likely_next(self._describe(), (server.record for server in servers))
+        self._rtts = {r.peer_id: self._rtts[r.peer_id] for r in likely if r.peer_id in self._rtts}
+        chosen = choose_probes(likely, self._rtts, probes, self._rng)
+        await asyncio.gather(*map(self._probe, chosen))
+
+    async def _probe(self, record: ServerRecord) -> None:
+        name = record.peer_id
+        endpoint = Endpoint(record.host, record.port, name, record.certificate_digest)
+        try:
+            rtt = await self._measure(endpoint)
+        except SwarmError as error:
+            logger.debug("cannot reach %s: %s", endpoint, error)
+            self._rtts.pop(name, None)
+        else:
+            known = self._rtts.get(name, rtt)
+            self._rtts[name] = known + _SMOOTHING * (rtt - known)
+
+
+def likely_next(me: ServerRecord, others: Iterable[ServerRecord]) -> list[ServerRecord]:
+    """Who can go on where our blocks end, or sooner, and computes as we do."""
+    return [
+        other
+        for other in others
+        if other.peer_id != me.peer_id
+        and other.state is ServerState.ONLINE
+        and other.numerics == me.numerics
+        and other.blocks.start <= me.blocks.end < other.blocks.end
+    ]
+
+
+def choose_probes(
+    likely: Sequence[ServerRecord], rtts: Mapping[str, float], count: int, rng: Rng
+) -> list[ServerRecord]:
+    """Half of them from those that are announced now, so that it stays true; the rest from those
+    that may be nearer."""
+    announced = pack(rtts).keys()
+    near = [record for record in likely if peer_tag(record.peer_id) in announced]
+    others = [record for record in likely if peer_tag(record.peer_id) not in announced]
+    chosen = _draw(near, count - min(count // 2, len(others)), rng)
+    return chosen + _draw(others, count - len(chosen), rng)
+
+
+def pack(rtts: Mapping[str, float]) -> dict[str, Milliseconds]:
+    """The nearest ones, as a record says it."""
+    nearest = sorted(rtts, key=lambda name: rtts[name])[:MAX_NEXT_RTTS]
+    return {peer_tag(name): min(_MAX_MILLISECONDS, int(1e3 * rtts[name])) for name in nearest}
+
+
+def _draw(records: Sequence[ServerRecord], count: int, rng: Rng) -> list[ServerRecord]:
+    return sorted(records, key=lambda _: rng.random())[:count]
