@@ -79,7 +79,9 @@ class Source:
                 f"takes {store.token_bytes}: give more --kv-memory, or serve fewer --blocks"
             ) from error
         known = self.expected(span.blocks)
-        return known if known.alone else Speeds(alone=alone)
+        if self.given is None and known.alone < alone:  # it was busy when that was measured
+            known = replace(known, alone=alone)
+        return known
 
     def remember(self, blocks: BlockRange, speeds: Speeds) -> None:
         throughput.remember(self._key(blocks), speeds)

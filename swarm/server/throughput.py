@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from math import inf
 from pathlib import Path
-from statistics import median
 from typing import cast
 
 import torch
@@ -125,7 +124,8 @@ def measure(span: Span, rows: int, tokens: int) -> float:
             seconds.append(time.perf_counter() - begin)
     finally:
         cache.release()
-    return rows * tokens / median(seconds[1:])  # the first one of a shape is slower
+    # The first one of a shape is slower, and others on this machine can only take time away.
+    return rows * tokens / min(seconds[1:])
 
 
 def remembered(key: str) -> Speeds:

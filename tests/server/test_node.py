@@ -22,15 +22,18 @@ from swarm.client.network import SwarmNetwork
 from swarm.config import ServerLimits
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
-from swarm.dht.records import ServerState, sign_record
+from swarm.dht.records import ServerRecord, ServerState, sign_record
 from swarm.errors import ErrorCode, InvalidRecord, UsageError
 from swarm.identity import Identity
 from swarm.loop import run
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
+from swarm.models.spans import Span
+from swarm.server import throughput
 from swarm.server.choice import ServerConfig, pick_dtype
 from swarm.server.door import Door
 from swarm.server.node import ServerNode
+from swarm.server.throughput import SHAPES
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
 
@@ -100,6 +103,43 @@ def test_a_server_alone_serves_and_says_so(config: ServerConfig) -> None:
             port = node.record.port
         with pytest.raises(ConnectionRefusedError):  # the port is free again
             socket.create_connection(("127.0.0.1", port), timeout=1)
+
+    play(scene())
+
+
+def test_speeds_are_measured_once_or_given(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARM_CACHE", str(tmp_path / "cache"))
+    measured: list[tuple[int, int]] = []
+    measure = throughput.measure
+
+    def spied(span: Span, rows: int, tokens: int) -> float:
+        measured.append((rows, tokens))
+        return measure(span, rows, tokens)
+
+    monkeypatch.setattr(throughput, "measure", spied)
+
+    async def start(**changes: Any) -> ServerRecord:
+        """What it announces when all has been measured."""
+        measured.clear()
+        async with ServerNode.running(replace(config, blocks=BlockRange(0, 2), **changes)) as node:
+            await node._balancing
+            return node.record
+
+    async def scene() -> None:
+        first = await start()
+        assert sorted(measured) == sorted(SHAPES.values())
+        assert first.batch_throughput > first.throughput > 0
+        again = await start()
+        assert measured == [
+            SHAPES["alone"]
+        ]  # as it must compute something before others rely on it
+        assert again.batch_throughput == first.batch_throughput
+        given = await start(throughput=100.0)
+        assert (given.throughput, given.batch_throughput) == (50.0, 50.0)
+        await start(throughput="eval")
+        assert sorted(measured) == sorted(SHAPES.values())
 
     play(scene())
 
