@@ -116,8 +116,8 @@ def server_parser() -> Parser:
 def _add_balancing(parser: Parser) -> None:
     group = parser.add_argument_group(
         "staying of use",
-        "Without --blocks, a server moves to other blocks when the swarm gains by it: it lets "
-        "sessions go elsewhere first, and never leaves a block that nobody else holds.",
+        "Without --blocks, a server moves to other blocks when the swarm gains by it. Sessions\n"
+        "may leave first, and no block is left that nobody else holds (docs/placement.md).",
     )
     group.add_argument(
         "--balance-quality",

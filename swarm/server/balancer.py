@@ -41,11 +41,16 @@ class Movable(Protocol):
         """Have the weights of these blocks on this machine. Raises UsageError."""
         ...
 
-    async def move(self, blocks: BlockRange, view: SwarmView) -> bool:
-        """Serve these blocks instead, which were chosen by `view`, unless others do.
+    async def claim(self, blocks: BlockRange) -> None:
+        """Announce that it will serve these blocks instead."""
+        ...
 
-        Raises UsageError if they cannot be served; then it is as it was before.
-        """
+    async def stay(self) -> None:
+        """Take the claim back."""
+        ...
+
+    async def move(self, blocks: BlockRange) -> None:
+        """Serve them. Raises UsageError if that cannot be; then it is as it was before."""
         ...
 
 
@@ -78,15 +83,18 @@ class Balancer:
 
     async def look(self) -> bool:
         """Look once; whether that led to a move."""
+        me = self._server.holder
         try:
-            if (blocks := self._consider(await self._directory.refresh())) is None:
+            blocks = self._consider(await self._directory.refresh(), me, self._rng.random())
+            if blocks is None:
                 return False
-            await self._server.fetch(blocks)  # while these are being served
-            view = await self._directory.refresh()
-            if self._consider(view, now_random=0.0) != blocks:
+            await self._server.fetch(blocks)  # while the others are still being served
+            await self._server.claim(blocks)
+            # Whoever had the same thought has announced it, or will see what we announced.
+            if self._consider(await self._directory.refresh(), me, 0.0) != blocks:
+                await self._server.stay()
                 return False
-            if not await self._server.move(blocks, view):
-                return False
+            await self._server.move(blocks)
         except PeerUnavailable as error:
             logger.info("cannot see who serves what: %s", error)
             return False
@@ -97,8 +105,7 @@ class Balancer:
         self._moved_at = self._clock()
         return True
 
-    def _consider(self, view: SwarmView, now_random: float | None = None) -> BlockRange | None:
-        me = self._server.holder
+    def _consider(self, view: SwarmView, me: Holder, now_random: float) -> BlockRange | None:
         holders = believe([*others_in(view, self._numerics, me.peer_id), me])
         return consider_move(
             view.num_blocks,
@@ -107,7 +114,7 @@ class Balancer:
             quality=self.quality,
             move_seconds=self._server.move_seconds,
             since_move=self._clock() - self._moved_at,
-            now_random=self._rng.random() if now_random is None else now_random,
+            now_random=now_random,
         )
 
 
@@ -141,11 +148,11 @@ async def look_again(
     except PeerUnavailable as error:
         logger.info("cannot see who serves what: %s", error)
         return me.blocks
-    known = {server.record.peer_id for server in before.servers}
+    known = {(server.record.peer_id, server.record.blocks) for server in before.servers}
     rivals = {
-        server.record.peer_id
-        for server in view.servers
-        if server.record.state is ServerState.JOINING and server.record.peer_id not in known
+        record.peer_id
+        for record in (server.record for server in view.servers)
+        if record.state is ServerState.JOINING and (record.peer_id, record.blocks) not in known
     }
     others = others_in(view, numerics, me.peer_id)
     if not any(other.peer_id in rivals for other in others):

@@ -273,25 +273,25 @@ class ServerNode:
     async def fetch(self, blocks: BlockRange) -> None:
         await in_thread(lambda: self._fetch(blocks))
 
-    async def move(self, blocks: BlockRange, view: SwarmView) -> bool:
-        """Serve other blocks from now on, under the same name and address. Raises UsageError."""
-        before, self.blocks = self.blocks, blocks
-        # The record gives up the old blocks and claims the new ones at once.
+    async def claim(self, blocks: BlockRange) -> None:
+        self.blocks = blocks
         await self._announce(ServerState.JOINING)
-        if await self._settle(view) != blocks:
-            self.blocks = before
-            await self._announce(ServerState.ONLINE)
-            return False
-        logger.info("moving from blocks %s to %s", before, blocks)
+
+    async def stay(self) -> None:
+        assert self._serving.blocks is not None
+        self.blocks = self._serving.blocks
+        await self._announce(ServerState.ONLINE)
+
+    async def move(self, blocks: BlockRange) -> None:
+        """Under the same name and address. Raises UsageError."""
+        logger.info("moving from blocks %s to %s", self._serving.blocks, blocks)
         try:
             await self._serving.replace(blocks)
         except UsageError:
-            self.blocks = before
-            await self._announce(ServerState.ONLINE)
+            await self.stay()
             raise
         await self._announce(ServerState.ONLINE)
         await self._measure()
-        return True
 
     @property
     def record(self) -> ServerRecord:

@@ -115,6 +115,11 @@ class Serving:
     def sessions(self) -> int:
         return self._held.handler.sessions if self._held else 0
 
+    @property
+    def blocks(self) -> BlockRange | None:
+        """That are served now; None before and in between."""
+        return self._held.span.blocks if self._held else None
+
     def speeds(self, blocks: BlockRange) -> Speeds:
         """Of such a span: as measured here, or else as remembered."""
         if self._held and len(self._held.span.blocks) == len(blocks):

@@ -35,6 +35,7 @@ class Server:
     move_seconds: float = 10.0
     fetched: list[BlockRange] = field(default_factory=list)
     moves: list[BlockRange] = field(default_factory=list)
+    claimed: BlockRange | None = None  # instead of these
     hub_is_down: bool = False
     arrives: SignedRecord | None = None  # while weights are fetched
 
@@ -49,10 +50,16 @@ class Server:
         if self.arrives is not None:
             self.world.put(self.arrives)
 
-    async def move(self, blocks: BlockRange, view: SwarmView) -> bool:
-        self.blocks = blocks
+    async def claim(self, blocks: BlockRange) -> None:
+        self.claimed, self.blocks = self.blocks, blocks
+
+    async def stay(self) -> None:
+        assert self.claimed is not None
+        self.blocks = self.claimed
+
+    async def move(self, blocks: BlockRange) -> None:
+        assert self.blocks == blocks
         self.moves.append(blocks)
-        return True
 
 
 class World:
@@ -109,6 +116,16 @@ def test_if_somebody_comes_first_nothing_was_given_up() -> None:
     assert not world.look()
     assert world.server.fetched == [BlockRange(12, 24)]
     assert world.server.moves == []
+    assert world.server.blocks == BlockRange(0, 12)
+
+
+def test_of_two_that_would_move_at_the_same_moment_both_think_again() -> None:
+    """Alice was there before, and has claimed what we are about to claim."""
+    world = World()
+    world.leave()
+    world.server.arrives = signed(ALICE, "12:24", now=NOW + 1, state=ServerState.JOINING)
+    assert not world.look()
+    assert (world.server.moves, world.server.blocks) == ([], BlockRange(0, 12))
 
 
 def test_whoever_cannot_have_the_weights_does_not_try_for_ever(
@@ -156,9 +173,12 @@ def test_of_two_that_chose_the_same_one_chooses_again() -> None:
         return str(asyncio.run(look_again(world.directory, known, Numerics(), me)))
 
     assert sorted(decide(peer.peer_id, before) for peer in (EVE, BOB)) == ["12:18", "18:24"]
-    # Who was seen before the choice is counted, and need not yield.
+    # Who was seen before the choice is counted, and need not yield...
     after = asyncio.run(world.directory.refresh())
     assert decide(EVE.peer_id, after) == "12:18"
+    # ...unless it moves.
+    world.put(signed(ALICE, "12:18", now=NOW + 3, state=ServerState.JOINING))
+    assert decide(ALICE.peer_id, after) != decide(BOB.peer_id, after)
     world.dht.down, world.directory = True, Directory(world.dht, MODEL, 24)
     assert decide(EVE.peer_id, before) == "12:18"  # for want of anything better
 
