@@ -134,7 +134,7 @@ def test_swarm_says_what_is_wrong(
     assert sentence in complaint(capsys, main(line.split()))
 
 
-@pytest.mark.parametrize("line", ["", "server", "dht", "demo", "chat", "status", "key"])
+@pytest.mark.parametrize("line", ["", "server", "dht", "demo", "chat", "status", "route", "key"])
 def test_help_teaches_by_examples_and_names_the_environment(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ commands:
   swarm demo      watch a model run in several processes, and one of them being killed
   swarm chat      talk to a model that a swarm serves
   swarm status    who serves which blocks, and whether any are missing
+  swarm route     which servers a request would go through from here, and why
   swarm key new   make the secret of a private swarm
   swarm server    the same as swarm-server: serve blocks of a model
   swarm dht       the same as swarm-dht: run a bootstrap node
@@ -49,6 +50,10 @@ def dispatch(argv: Sequence[str]) -> int:
             from swarm.cli.status import status
 
             return status(rest)
+        case "route":
+            from swarm.cli.route import route
+
+            return route(rest)
         case "key":
             return _key(rest)
         case "server":

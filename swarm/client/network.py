@@ -64,7 +64,7 @@ class ModelRouter:
         self._config = config
         self._chart = Chart(())
         self._looked = float("-inf")
-        self._looking = asyncio.Lock()
+        self._looking, self._probing = asyncio.Lock(), asyncio.Lock()
 
     @property
     def view(self) -> SwarmView:
@@ -85,10 +85,11 @@ class ModelRouter:
         hops = self.choose(self._request(blocks, terms, prompt))
         return [(hop.server, hop.blocks) for hop in hops]
 
-    def choose(self, request: Request) -> Sequence[RouteHop]:
-        """Raises NoRoute."""
+    def choose(self, request: Request, *, by_lot: bool = True) -> Sequence[RouteHop]:
+        """The best route, or (`by_lot`) one that is about as good. Raises NoRoute."""
         chart, now = self._picture(), time.monotonic()
-        hops = find_route(chart, request, self._book, now, tiebreak=self._rng.random())
+        lot = self._rng.random() if by_lot else None
+        hops = find_route(chart, request, self._book, now, tiebreak=lot)
         if logger.isEnabledFor(logging.DEBUG):
             for priced in price_route(hops, chart, request, self._book, now):
                 logger.debug("route: %s", priced)
@@ -143,7 +144,6 @@ class ModelRouter:
     async def probe(self, measure: Measure, count: int) -> None:
         """Ask some servers how far they are, as far as that is not known."""
         now = time.monotonic()
-        chosen = choose_probes(self.view.servers, self._book, now, count, self._rng)
 
         async def one(endpoint: Endpoint) -> None:
             self._book.asked(endpoint.peer_id, now)
@@ -152,7 +152,9 @@ class ModelRouter:
             except SwarmError as error:
                 self.failed(endpoint, error)
 
-        await asyncio.gather(*map(one, map(endpoint_of, chosen)))
+        async with self._probing:
+            chosen = choose_probes(self.view.servers, self._book, now, count, self._rng)
+            await asyncio.gather(*map(one, map(endpoint_of, chosen)))
 
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)
@@ -251,13 +253,14 @@ class SwarmNetwork:
                 rng = random.Random(self.access.identity.peer_id)
                 self._routers[key] = router = ModelRouter(directory, self._book, rng, config)
                 await router.refresh()
-                self._tasks.append(asyncio.create_task(router.keep_looking(self._measure)))
+                self._tasks.append(asyncio.create_task(router.keep_looking(self.measure)))
             await self._routers[key].refresh()
             return self._routers[key]
 
         return self.loop.call(make())
 
-    async def _measure(self, endpoint: Endpoint) -> float:
+    async def measure(self, endpoint: Endpoint) -> float:
+        """Seconds to a server and back. Raises SwarmError."""
         return await measure_rtt(self.transport, self.access, endpoint, _PROBE_SECONDS)
 
     def ask(self, server: SignedRecord, timeout: float = 5.0) -> Info:

@@ -107,6 +107,7 @@ class Links:
         border = np.arange(len(self.link)) - np.repeat(np.cumsum(times) - times - first, times)
         order = np.argsort(border, kind="stable")
         self.link, border = self.link[order], border[order]
+        self.sources, self.targets = self.source[self.link], self.target[self.link]
         self._firsts = np.searchsorted(self.source, np.arange(len(holders.ids) + 1))
         self._bounds = {b: slice(*np.searchsorted(border, [b, b + 1])) for b in holders.borders}
 
@@ -114,9 +115,9 @@ class Links:
         """The links that a server announces."""
         return slice(self._firsts[source], self._firsts[source + 1])
 
-    def at(self, border: int) -> Places:
-        """The links that may be crossed at a border."""
-        return self.link[self._bounds.get(border, slice(0))]
+    def at(self, border: int) -> slice:
+        """Which of `link`, `sources` and `targets` may be crossed at a border."""
+        return self._bounds.get(border, slice(0))
 
 
 class Chart:

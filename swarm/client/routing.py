@@ -73,7 +73,7 @@ def find_route(
     book: PeerBook,
     now: float,
     *,
-    tiebreak: float = 0.0,
+    tiebreak: float | None = 0.0,
 ) -> tuple[RouteHop, ...]:
     """Hops that cover `request.blocks` in order, without gap or overlap.
 

@@ -33,6 +33,7 @@ class _Sweep:
         self._cost = np.full(self._count, np.inf)
         self._entry = np.zeros(self._count, np.int64)
         self._past: list[Places] = []  # `entry` when a border was reached
+        self._extra = prices.extra[prices.holders.links.link]
         # Links that take longer than by way of the client.
         self._worse = (prices.extra > 0) & np.isfinite(prices.extra)
 
@@ -54,14 +55,14 @@ class _Sweep:
             fee[ending] = np.inf
             costs, before = self._entries(border, best, fee)
             self._cost[ending] = np.inf
-            better = np.flatnonzero(costs < self._cost)
+            better = (costs < self._cost).nonzero()[0]
             self._cost[better] = costs[better]
             self._entry[better] = self._count * index + before[better]
         return self._trace(len(self._borders) - 1, best)
 
     def _entries(self, border: int, best: int, fee: np.ndarray) -> tuple[np.ndarray, Places]:
         """What it takes to be in each server when it is entered here, and whom to come from."""
-        cost, links, extra = self._cost, self._holders.links, self._prices.extra
+        cost, links = self._cost, self._holders.links
         costs, before = fee + cost[best], np.full(self._count, best)
         leaving = links.leaving(best)
         for target in links.target[leaving][self._worse[leaving]]:
@@ -71,10 +72,10 @@ class _Sweep:
                 before[target] = others.argmin()
                 costs[target] = others[before[target]] + fee[target]
         here = links.at(border)
-        if len(here):
-            source, target = links.source[here], links.target[here]
-            linked = cost[source] + extra[here] + fee[target]
-            won = np.flatnonzero(linked < costs[target])
+        source, target = links.sources[here], links.targets[here]
+        linked = cost[source] + self._extra[here] + fee[target]
+        won = (linked < costs[target]).nonzero()[0]
+        if len(won):
             won = won[np.argsort(-linked[won])]  # of several for one server, the last one counts
             costs[target[won]], before[target[won]] = linked[won], source[won]
         return costs, before
