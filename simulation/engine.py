@@ -13,11 +13,12 @@ import numpy as np
 from simulation.load import Loads
 from simulation.measure import Measure
 from simulation.rules import Rules, Server
-from simulation.world import Leaving, World, rtt
+from simulation.world import START_SECONDS, Leaving, World, rtt
 from swarm.dht.records import ServerState
 from swarm.types import BlockRange
 
 MakeRules = Callable[[int, int, Callable[[int, int], float], Callable[[int, int], float]], Rules]
+_FIRST_TENDING = 10.0  # seconds in which those who are there already begin
 SNAPSHOT = 5.0  # seconds; clients' looks fall on these moments
 
 
@@ -68,16 +69,14 @@ class Swarm:
     def begin(self) -> None:
         """Those that are there already chose their blocks one after the other."""
         first = [server for server in self.servers if server.machine.born == 0]
-        batch = max(1, len(first) // 1000)  # so many look at the same time
-        picture: object = None
-        for number, server in enumerate(first):
-            if number % batch == 0:
-                picture = self.rules.picture(0.0)
-            self._take(server, self.rules.choose(server, picture))
+        spans = self.rules.settle([server.machine for server in first])
+        for server, blocks in zip(first, spans, strict=True):
+            self._take(server, blocks)
             self._serve(server)
             self.clock.at(server.machine.dies, lambda server=server: self._leave(server))
             self._plan_check(server)
             self._plan_announcement(server, self._rng.random() * self.rules.announce_period)
+            self._plan_tending(server, self._rng.random() * _FIRST_TENDING)
         for server in self.servers[len(first) :]:
             self.clock.at(server.machine.born, lambda server=server: self._join(server))
         self._look()
@@ -104,16 +103,18 @@ class Swarm:
 
     def _join(self, server: Server) -> None:
         self.clock.at(server.machine.dies, lambda: self._leave(server))
-        self._load(server, self.rules.choose(server, self.fresh_picture()))
+        blocks = self.rules.choose(server, self.fresh_picture())
+        self._load(server, blocks, server.machine.start_seconds(len(blocks)))
         self._plan_check(server)
         self._plan_announcement(server, self.rules.announce_period)
+        self._plan_tending(server, 0.0)
 
     def _take(self, server: Server, blocks: BlockRange) -> None:
         server.blocks, server.moved = blocks, self.clock.now
         server.generation += 1
         self.loads.span[server.index] = len(blocks)
 
-    def _load(self, server: Server, blocks: BlockRange) -> None:
+    def _load(self, server: Server, blocks: BlockRange, seconds: float) -> None:
         self._take(server, blocks)
         server.state = ServerState.JOINING
         self.announce(server)
@@ -123,7 +124,7 @@ class Swarm:
             if server.alive and server.generation == generation:
                 self._serve(server)
 
-        self.clock.at(self.clock.now + server.machine.load_seconds(len(blocks)), loaded)
+        self.clock.at(self.clock.now + seconds, loaded)
 
     def _serve(self, server: Server) -> None:
         server.state = ServerState.ONLINE
@@ -139,7 +140,7 @@ class Swarm:
         index, loads = server.index, self.loads
         server.pass_seconds = float(loads.seconds[index])
         server.delay = float(loads.delay_of(index))
-        server.waiting = float(loads.rate[index]) * (server.delay - server.pass_seconds)
+        server.waiting = float(loads.rate[index] * loads.wait_of(index))
 
     def _plan_announcement(self, server: Server, wait: float) -> None:
         def again() -> None:
@@ -151,23 +152,49 @@ class Swarm:
         self.clock.at(self.clock.now + wait, again)
 
     def _plan_check(self, server: Server) -> None:
-        wait = 2 * self.rules.check_period * self._rng.random()
+        wait = self.rules.next_check(self._rng.random())
         self.clock.at(self.clock.now + wait, lambda: self._check(server))
+
+    def _plan_tending(self, server: Server, wait: float) -> None:
+        def tend() -> None:
+            if server.alive:
+                self._plan_tending(
+                    server, self.rules.tend(server, self.picture(), self._rng.random())
+                )
+
+        self.clock.at(self.clock.now + wait, tend)
 
     def _check(self, server: Server) -> None:
         if not server.alive:
             return
-        self._plan_check(server)
-        if server.state is not ServerState.ONLINE:
-            return
-        self.measure.count("looks of servers", self.clock.now)
-        blocks = self.rules.consider(server, self.picture(), self.clock.now)
+        blocks = None
+        if server.state is ServerState.ONLINE:
+            self.measure.count("looks of servers", self.clock.now)
+            blocks = self.rules.consider(server, self.picture(), self.clock.now)
         if blocks is None or blocks == server.blocks:
+            self._plan_check(server)
             return
+        fetch = server.machine.fetch_seconds(len({*_each(blocks)} - {*_each(server.blocks)}))
+        if self.rules.fetches_first:
+            self.clock.at(self.clock.now + fetch, lambda: self._confirm(server, blocks))
+        else:
+            self._move(server, blocks, START_SECONDS + fetch)
+
+    def _confirm(self, server: Server, blocks: BlockRange) -> None:
+        if not server.alive:
+            return
+        self.measure.count("fetched to move", self.clock.now)
+        if self.rules.confirm(server, self.picture(), self.clock.now) == blocks:
+            self._move(server, blocks, 0.0)
+        else:
+            self._plan_check(server)
+
+    def _move(self, server: Server, blocks: BlockRange, seconds: float) -> None:
         self.measure.moved(self.clock.now)
         server.state = ServerState.DRAINING
         self.on_lost(server, False)
-        self._load(server, blocks)
+        self._load(server, blocks, seconds + server.machine.load_seconds(len(blocks)))
+        self._plan_check(server)
 
     def _leave(self, server: Server) -> None:
         leaving = server.machine.leaving
@@ -175,3 +202,7 @@ class Swarm:
         if leaving is Leaving.POLITE:
             self.announce(server)
         self.on_lost(server, leaving is not Leaving.POLITE)
+
+
+def _each(blocks: BlockRange) -> range:
+    return range(blocks.start, blocks.end)

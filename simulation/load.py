@@ -64,8 +64,13 @@ class Loads:
     def delay(self) -> Floats:
         return self.seconds + self.wait + self.link / 2 + self.link_wait
 
+    def wait_of(self, server: int) -> float:
+        others = 1 - 1 / max(self.sessions[server], 1.0)
+        return float(self.busy[server] * self.seconds[server] / 2 * others)
+
     def delay_of(self, server: int) -> float:
-        return float(self.delay[server])
+        link = self.link[server] / 2 + self.link_wait[server]
+        return float(self.seconds[server] + link) + self.wait_of(server)
 
     def settle(self, demand: Demand, steps: Floats) -> Floats:
         """Steps take what loads make of them, and loads come from steps. Returns the new steps."""

@@ -130,7 +130,7 @@ Spans = Sequence[tuple[BlockRange, float]]
 
 def loaded_at(server: Server) -> float:
     """When it could serve at the earliest."""
-    return server.machine.born + server.machine.load_seconds(server.machine.blocks)
+    return server.machine.born + server.machine.start_seconds(server.machine.blocks)
 
 
 def whole_throughput(num_blocks: int, spans: Spans) -> float:

@@ -1,86 +1,148 @@
 """Our rules: the very functions that servers and clients run, fed with what the simulation knows.
 
-Looks, announcements and lifetimes of records are those of `swarm/dht/announcer.py`, `directory.py`
-and `swarm/client/network.py`; records are real, but for their signatures.
+Looks, announcements and lifetimes of records are those of `swarm/dht/announcer.py`, `directory.py`,
+`swarm/client/network.py` and `swarm/server/balancer.py`. Records are real, but not signed.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from simulation.load import FIXED, ROW
 from simulation.rules import Leg, Server, Wanted
-from simulation.world import Machine
+from simulation.world import TOKEN_BYTES, Machine
 from swarm.client.peers import PeerBook
-from swarm.client.routing import Request, find_route
+from swarm.client.probing import choose_probes
+from swarm.client.routing import Chart, Request, find_route
+from swarm.config import ServerLimits
 from swarm.dht.directory import Sighting, SwarmView, take_picture
 from swarm.dht.records import ServerRecord, ServerState, SignedRecord
-from swarm.server.placement import Holder, believe, choose_span, consider_move
+from swarm.server import neighbours
+from swarm.server.balancer import next_look, others_in
+from swarm.server.placement import Holder, believe, choose_span, consider_move, swarm_throughput
 from swarm.types import BlockRange, ModelId, Numerics
 
 LIFETIME = 90  # seconds of a record; announced three times in it
+QUALITY = 0.75  # what --balance-quality is when nobody says
+_FIRST_PROBES, _PROBES = 16, 2  # of a client (network.py)
+_FIRST_NEIGHBOURS, _NEIGHBOURS = 8, 4  # of a server (neighbours.py)
+_NEIGHBOURS_PERIOD, _PER_SERVER = 60.0, 0.1  # seconds
+_LOOKS = 6  # of a client for each round of probes, so many times larger: saves time
+_STRANGERS = 32  # servers that a simulated client draws before it looks closer at all these
+_SLOW = 30.0  # seconds for which servers that measure distances look at the same picture
+_OBSERVATIONS = 8  # a turn has a hundred steps; so many smoothed ones are as good as all
+_BATCH = 16  # rows, of which records tell the throughput
+_LIMITS = ServerLimits()
 _MODEL = ModelId("simulated", "0" * 64)
 _NUMERICS = Numerics()
-_BATCH = 16  # rows, of which records tell the throughput
-_QUALITY = 0.75  # what --balance-quality is when nobody says
-_NEIGHBOURS = 8  # possible next hops, to which a record tells the RTT
-_OBSERVATIONS = 8  # a turn has a hundred steps; so many smoothed ones are as good as all
-_BATCH_SECONDS = _BATCH * ROW + FIXED  # of a pass, where one row takes 1
 
 
 @dataclass(slots=True)
 class Picture:
-    """The directory's view, and what servers derive from it, once for all who look now."""
+    """The directory's view, and what follows from it, worked out once for all who look now."""
 
     view: SwarmView
+    chart: Chart
     holders: list[Holder] | None = None
+    share: float | None = None  # of what its servers could give, that the swarm gives
+    likely: dict[int, list[ServerRecord]] = field(default_factory=dict[int, list[ServerRecord]])
+    found: dict[str, SignedRecord] = field(default_factory=dict[str, SignedRecord])
 
     def believed(self) -> list[Holder]:
         if self.holders is None:
-            self.holders = believe(_holders(self.view))
+            self.holders = believe(others_in(self.view, _NUMERICS, "nobody"))
         return self.holders
+
+    def is_well(self, quality: float) -> bool:
+        """What `consider_move` asks first; the same for all who look, so asked once."""
+        if self.share is None:
+            count, holders = self.view.num_blocks, self.believed()
+            ideal = sum(holder.speed for holder in holders) / count
+            self.share = swarm_throughput(count, holders) / ideal if ideal else 0.0
+        return self.share >= quality
+
+    def likely_next(self, me: ServerRecord) -> list[ServerRecord]:
+        """The same for all whose blocks end there."""
+        end = me.blocks.end
+        if end not in self.likely:
+            records = (signed.record for signed in self.view.servers)
+            self.likely[end] = neighbours.likely_next(me, records)
+        return self.likely[end]
+
+    def records_of(self, peer_ids: Sequence[str]) -> list[SignedRecord]:
+        if not self.found:
+            self.found = {signed.record.peer_id: signed for signed in self.view.servers}
+        return [self.found[name] for name in peer_ids if name in self.found]
 
 
 class Client:
-    """One client's PeerBook, and `find_route` by it."""
+    """One client's PeerBook, its probes, and `find_route` by it."""
 
     def __init__(self, rules: OurRules, client: int) -> None:
         self._rules, self._client = rules, client
         self._rng = random.Random(f"ours {client}")
         self._book = PeerBook(self._rng)
+        self._measured: dict[str, None] = {}
+        self._looks = 0
 
     def route(self, picture: Picture, wanted: Wanted, now: float) -> Sequence[Leg]:
-        half = wanted.positions // 2  # as ModelRouter asks, who does not know better
-        request = Request(_MODEL, wanted.blocks, _NUMERICS, half, half)
-        hops = find_route(
-            picture.view.servers, request, self._book, now, tiebreak=self._rng.random()
+        request = Request(
+            _MODEL,
+            wanted.blocks,
+            _NUMERICS,
+            prompt_tokens=wanted.prompt,
+            new_tokens=max(1, wanted.positions - wanted.prompt),
+            position_bytes=TOKEN_BYTES,
         )
-        return [(int(hop.server.record.peer_id[6:]), hop.blocks) for hop in hops]
+        hops = find_route(picture.chart, request, self._book, now, tiebreak=self._rng.random())
+        return [(_index(hop.server.record), hop.blocks) for hop in hops]
 
-    def look(self, picture: Picture, now: float) -> None: ...
+    def look(self, picture: Picture, now: float) -> None:
+        """Probe a few. Strangers are drawn first, or all clients would have to sift all servers."""
+        self._looks += 1
+        if self._looks % _LOOKS != 1:
+            return
+        count = _FIRST_PROBES if self._looks == 1 else _PROBES * _LOOKS
+        servers = picture.view.servers
+        strangers = self._rng.sample(servers, min(_STRANGERS, len(servers)))
+        known = picture.records_of(list(self._measured))
+        some = [*known, *(s for s in strangers if s.record.peer_id not in self._measured)]
+        for record in choose_probes(some, self._book, now, count, self._rng):
+            self._book.asked(record.peer_id, now)
+            server = self._rules.servers[_index(record)]
+            if server.alive:
+                self._note_rtt(server, self._rules.client_rtt(self._client, server.index))
+            else:
+                self._book.failed(record.peer_id, now)
 
     def failed(self, server: Server, now: float) -> None:
         self._book.failed(server.peer_id, now)
 
     def busy(self, server: Server, now: float) -> None:
-        self._book.busy(server.peer_id, now, None)
+        self._book.busy(server.peer_id, now, _LIMITS.kv_wait)
 
     def opened(self, server: Server, rtt: float) -> None:
+        self._note_rtt(server, rtt)
+
+    def _note_rtt(self, server: Server, rtt: float) -> None:
         self._book.measured(server.peer_id, rtt)
+        self._measured[server.peer_id] = None
 
     def worked(self, server: Server, blocks: int, now: float) -> None:
+        peer_id, seconds = server.peer_id, server.pass_seconds
+        elapsed = server.delay + self._rules.client_rtt(self._client, server.index)
         for _ in range(_OBSERVATIONS):
-            self._book.worked(server.peer_id, 1, server.pass_seconds, blocks)
+            self._book.worked(peer_id, 1, seconds, blocks, elapsed=elapsed, now=now)
 
 
 class OurRules:
     """Servers announce each half minute and when something changes, clients look each 20 s."""
 
     name = "ours"
+    fetches_first = True
     look_period = 20.0
-    check_period = 120.0
     announce_period = LIFETIME / 3
 
     def __init__(
@@ -91,18 +153,23 @@ class OurRules:
         client_rtt: Callable[[int, int], float],
     ) -> None:
         self._frame = SwarmView(_MODEL, num_blocks)
-        self._server_rtt, self._client_rtt = server_rtt, client_rtt
+        self.server_rtt, self.client_rtt = server_rtt, client_rtt
         self._rng = random.Random(f"ours {seed}")
         self._sightings: dict[str, Sighting] = {}
+        self._rtts: dict[int, dict[str, float]] = {}  # that servers have measured
+        self._slow: Picture | None = None
+        self._slow_since = 0.0
+        self.servers: dict[int, Server] = {}  # that have announced themselves
 
     def announce(self, server: Server, now: float) -> None:
+        self.servers[server.index] = server
         known = self._sightings.get(server.peer_id)
         signed = SignedRecord(self._describe(server, now), b"")
         self._sightings[server.peer_id] = Sighting(signed, now, known is not None)
 
     def _describe(self, server: Server, now: float) -> ServerRecord:
-        loaded = server.state in (ServerState.ONLINE, ServerState.DRAINING)
-        alone = throughput(server.machine, len(server.blocks)) if loaded else 0.0
+        loaded = server.generation > 1 or server.state is not ServerState.JOINING
+        alone = server.machine.speed / len(server.blocks) if loaded else 0.0
         return ServerRecord.model_construct(
             peer_id=server.peer_id,
             model=_MODEL,
@@ -114,6 +181,8 @@ class OurRules:
             numerics=_NUMERICS,
             state=server.state,
             throughput=alone,
+            batch_throughput=alone * _BATCH / (FIXED + _BATCH * ROW),
+            next_rtts=neighbours.pack(self._rtts.get(server.index, {})),
             queue=round(server.waiting),
             free_tokens=server.free_tokens,
             announced_at=round(now * 1000),
@@ -125,38 +194,75 @@ class OurRules:
             gone = sighting.signed.record.state is ServerState.OFFLINE
             if gone or now - sighting.since > 4 * LIFETIME:
                 del self._sightings[peer_id]
-        return Picture(take_picture(self._frame, self._sightings, now, now))
+        view = take_picture(self._frame, self._sightings, now, now)
+        return Picture(view, Chart(view.servers))
+
+    def settle(self, machines: Sequence[Machine]) -> list[BlockRange]:
+        """Only the sums per block matter to `choose_span`: a holder for each block tells them."""
+        count = self._frame.num_blocks
+        sums = [Holder(str(block), BlockRange(block, block + 1), 0.0) for block in range(count)]
+        typical = believe([Holder("", BlockRange(0, 1), machine.speed) for machine in machines])
+        spans: list[BlockRange] = []
+        for machine, believed in zip(machines, typical, strict=True):
+            blocks = choose_span(count, sums, machine.blocks)
+            for block in range(blocks.start, blocks.end):
+                more = sums[block].speed + believed.speed / len(blocks)
+                sums[block] = replace(sums[block], speed=more)
+            spans.append(blocks)
+        return spans
 
     def choose(self, server: Server, picture: Picture) -> BlockRange:
         return choose_span(self._frame.num_blocks, picture.believed(), server.machine.blocks)
 
+    def next_check(self, random: float) -> float:
+        return next_look(_LIMITS.balance_seconds, len(self._sightings), random)
+
     def consider(self, server: Server, picture: Picture, now: float) -> BlockRange | None:
+        return self._consider(server, picture, now, self._rng.random())
+
+    def confirm(self, server: Server, picture: Picture, now: float) -> BlockRange | None:
+        return self._consider(server, picture, now, 0.0)
+
+    def _consider(
+        self, server: Server, picture: Picture, now: float, now_random: float
+    ) -> BlockRange | None:
+        if picture.is_well(QUALITY):
+            return None
         holders = picture.believed()
+        loading = server.machine.load_seconds(len(server.blocks))
         me = Holder(server.peer_id, server.blocks, server.machine.speed)
         return consider_move(
             self._frame.num_blocks,
             holders,
             next((holder for holder in holders if holder.peer_id == me.peer_id), me),
-            quality=_QUALITY,
-            move_seconds=server.machine.load_seconds(len(me.blocks)),
+            quality=QUALITY,
+            move_seconds=loading + (_LIMITS.stop_timeout if server.sessions else 0.0),
             since_move=now - server.moved,
-            now_random=self._rng.random(),
+            now_random=now_random,
         )
+
+    def tend(self, server: Server, picture: Picture, random: float) -> float:
+        """Measure how far some likely next servers are (`Neighbours.look`, smoothing left out)."""
+        record = self._sightings[server.peer_id].signed.record
+        if self._slow is None or self._slow_since + _SLOW < record.announced_at / 1e3:
+            self._slow, self._slow_since = picture, record.announced_at / 1e3
+        picture = self._slow
+        rtts = self._rtts.get(server.index)
+        likely = picture.likely_next(record)
+        known = {r.peer_id: rtts[r.peer_id] for r in likely if r.peer_id in rtts} if rtts else {}
+        count = _FIRST_NEIGHBOURS if rtts is None else _NEIGHBOURS
+        for other in neighbours.choose_probes(likely, known, count, self._rng):
+            if self.servers[_index(other)].alive:
+                known[other.peer_id] = self.server_rtt(server.index, _index(other))
+            else:
+                known.pop(other.peer_id, None)
+        self._rtts[server.index] = known
+        period = max(_NEIGHBOURS_PERIOD, _PER_SERVER * len(picture.view.servers))
+        return period * (0.5 + random)
 
     def memory(self, client: int) -> Client:
         return Client(self, client)
 
 
-def _holders(view: SwarmView) -> list[Holder]:
-    """Who holds what, or will soon, as servers read it from records."""
-    return [
-        Holder(record.peer_id, record.blocks, record.throughput * len(record.blocks))
-        for record in (signed.record for signed in view.servers)
-        if record.state in (ServerState.JOINING, ServerState.ONLINE)
-        and record.peer_id not in view.silent
-    ]
-
-
-def throughput(machine: Machine, blocks: int) -> float:
-    """Steps of one token per second through so many blocks, alone, as `throughput.py` measures."""
-    return machine.speed / blocks
+def _index(record: ServerRecord) -> int:
+    return int(record.peer_id.removeprefix("server"))

@@ -10,6 +10,7 @@ blocks and three of the last one each minute, servers five possible next ones.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from simulation.rules import Leg, Server, Wanted
-from simulation.world import TOKEN_BYTES, Bools, Floats, Ints
+from simulation.world import TOKEN_BYTES, Bools, Floats, Ints, Machine
 from swarm.dht.records import ServerState
 from swarm.errors import NoRoute
 from swarm.types import BlockRange
@@ -28,9 +29,11 @@ HOP_SECONDS = 0.018
 UNKNOWN_DELAY = 0.15
 FULL_DELAY = 10.0
 FIRST_BAN = 15.0  # seconds; doubled with each failure in a row
+CHECK_PERIOD = 120.0  # mean seconds
 LIFETIME = 120.0  # seconds that an announcement stays: twice its period
 _ALMOST = 1e-3  # of a server's throughput: among equal places the present one is best
 _CLIENT_PINGS, _SERVER_PINGS = 3, 5
+_JUDGED_EVERY = 30.0  # seconds
 _MOST_ROUNDS = 10  # of everybody moving, until nobody wants to; it rarely takes more than three
 
 
@@ -60,7 +63,11 @@ class Picture:
     step: Floats = field(init=False)  # seconds per block
     free: Ints = field(init=False)
     online: Bools = field(init=False)
-    quality: float | None = None
+    source: Ints = field(init=False)  # of each link that was measured
+    target: Ints = field(init=False)
+    link: Floats = field(init=False)  # seconds one way
+    links: dict[int, Ints] = field(default_factory=dict[int, Ints])
+    total: Floats | None = None
 
     def __post_init__(self) -> None:
         entries = self.entries
@@ -70,13 +77,30 @@ class Picture:
         self.step = np.array([1 / entry.speed for entry in entries])
         self.free = np.array([entry.free_tokens for entry in entries], np.intp)
         self.online = np.array([entry.online for entry in entries], bool)
+        found = [
+            (place, self.at[other], rtt / 2)
+            for place, entry in enumerate(entries)
+            for other, rtt in entry.next_rtts.items()
+            if other in self.at
+        ]
+        table = np.array(found, float).reshape(-1, 3)
+        self.source, self.target = table[:, 0].astype(np.intp), table[:, 1].astype(np.intp)
+        self.link = table[:, 2]
 
     def throughputs(self) -> Floats:
         """Of each block, by the servers that hold it or are about to."""
-        total = np.zeros(self.num_blocks)
-        for entry in self.entries:
-            total[entry.blocks.start : entry.blocks.end] += entry.throughput
-        return total
+        if self.total is None:
+            self.total = np.zeros(self.num_blocks)
+            for entry in self.entries:
+                self.total[entry.blocks.start : entry.blocks.end] += entry.throughput
+        return self.total.copy()
+
+    def links_at(self, border: int) -> Ints:
+        """The links that were measured between servers that end there and possible next ones."""
+        if border not in self.links:
+            fits = (self.end[self.source] == border) & (self.start[self.target] <= border)
+            self.links[border] = np.flatnonzero(fits & (self.end[self.target] > border))
+        return self.links[border]
 
 
 def best_start(throughputs: Floats, length: int) -> int:
@@ -137,7 +161,8 @@ def shortest(
             done = np.flatnonzero((ends == border) & (cost < np.inf))
             if not len(done) or not len(here):
                 continue
-            arrival, came = _from(picture, done, here, cost)
+            arrival, came = _from(picture, border, int(done[cost[done].argmin()]), cost)
+            arrival, came = arrival[here], came[here]
         total = arrival + toll[here] + picture.step[here] * (ends[here] - border)
         better = total < cost[here]
         chosen = here[better]
@@ -155,21 +180,22 @@ def shortest(
     return legs[::-1]
 
 
-def _from(picture: Picture, done: Ints, here: Ints, cost: Floats) -> tuple[Floats, Ints]:
-    """The best way from any server in `done` to each in `here`: seconds, and over which."""
-    nearest = done[cost[done].argmin()]
-    arrival = np.full(len(here), cost[nearest] + UNKNOWN_DELAY)
-    came = np.full(len(here), nearest, np.intp)
-    where = {int(place): position for position, place in enumerate(here)}
-    for place in done:
-        for index, seconds in picture.entries[place].next_rtts.items():
-            position = where.get(picture.at.get(index, -1))
-            # A measured way counts as measured also where it is longer than the unknown.
-            if position is not None:
-                way = cost[place] + seconds / 2
-                if way < arrival[position]:
-                    arrival[position], came[position] = way, place
+def _from(picture: Picture, border: int, first: int, cost: Floats) -> tuple[Floats, Ints]:
+    """For each server the best way there: seconds, and over which server. `first` is done first."""
+    arrival = np.full(len(cost), cost[first] + UNKNOWN_DELAY)
+    came = np.full(len(cost), first, np.intp)
+    links = picture.links_at(border)
+    source, target = picture.source[links], picture.target[links]
+    ways = cost[source] + picture.link[links]
+    won = np.flatnonzero(ways < arrival[target])
+    won = won[np.argsort(-ways[won])]  # of several to one server the last one counts
+    arrival[target[won]], came[target[won]] = ways[won], source[won]
     return arrival, came
+
+
+def throughput(machine: Machine, blocks: int) -> float:
+    """Tokens per second through so many blocks; the network may be the least."""
+    return min(machine.speed / blocks, machine.up / TOKEN_BYTES)
 
 
 class Client:
@@ -230,8 +256,8 @@ class PetalsRules:
     """Servers announce each minute, and look each two minutes whether to move."""
 
     name = "petals"
+    fetches_first = False
     look_period = 60.0
-    check_period = 120.0
     announce_period = 60.0
 
     def __init__(
@@ -246,6 +272,7 @@ class PetalsRules:
         self._rng = random.Random(f"petals {seed}")
         self._entries: dict[int, Entry] = {}
         self._last: Picture | None = None
+        self._quality, self._judged = 1.0, -math.inf
 
     def announce(self, server: Server, now: float) -> None:
         if not server.alive:
@@ -257,7 +284,7 @@ class PetalsRules:
         self._entries[server.index] = Entry(
             server.index,
             blocks,
-            min(machine.speed / len(blocks), machine.up / TOKEN_BYTES),
+            throughput(machine, len(blocks)),
             machine.speed,
             server.state is ServerState.ONLINE,
             server.free_tokens,
@@ -281,30 +308,46 @@ class PetalsRules:
         self._last = Picture(list(self._entries.values()), self._num_blocks)
         return self._last
 
+    def settle(self, machines: Sequence[Machine]) -> list[BlockRange]:
+        throughputs = np.zeros(self._num_blocks)
+        spans: list[BlockRange] = []
+        for machine in machines:
+            start = best_start(throughputs, machine.blocks)
+            spans.append(BlockRange(start, start + machine.blocks))
+            throughputs[start : start + machine.blocks] += throughput(machine, machine.blocks)
+        return spans
+
     def choose(self, server: Server, picture: Picture) -> BlockRange:
         size = server.machine.blocks
         start = best_start(picture.throughputs(), size)
         return BlockRange(start, start + size)
 
+    def next_check(self, random: float) -> float:
+        return 2 * CHECK_PERIOD * random
+
+    def tend(self, server: Server, picture: Picture, random: float) -> float:
+        return math.inf  # it pings when it announces
+
+    def confirm(self, server: Server, picture: Picture, now: float) -> BlockRange | None:
+        return self.consider(server, picture, now)
+
     def consider(self, server: Server, picture: Picture, now: float) -> BlockRange | None:
-        """Where to go, if that pays; asked in the same moment, all servers answer alike."""
+        """Where to go, if that pays. Everybody's moves are worked out for all who ask at a time."""
         place = picture.at.get(server.index)
         if place is None:
             return None
         entry, size = picture.entries[place], len(server.blocks)
+        if now > self._judged + _JUDGED_EVERY:
+            self._quality, self._judged = balance_quality(picture, self._rng), now
+        if self._quality >= BALANCE_QUALITY - _ALMOST:
+            return None
         throughputs = picture.throughputs()
         present = throughputs.min()
         throughputs[entry.blocks.start : entry.blocks.end] -= entry.throughput * (1 + _ALMOST)
         if present > _ALMOST and throughputs.min() <= 0:
             return None  # that would leave a hole
         start = best_start(throughputs, size)
-        if start == entry.blocks.start:
-            return None
-        if picture.quality is None:
-            picture.quality = balance_quality(picture, self._rng)
-        if picture.quality >= BALANCE_QUALITY - _ALMOST:
-            return None
-        return BlockRange(start, start + size)
+        return None if start == entry.blocks.start else BlockRange(start, start + size)
 
     def memory(self, client: int) -> Client:
         return Client(self, client)

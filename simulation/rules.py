@@ -44,10 +44,11 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A route through `blocks` for a session of at most so many positions."""
+    """A route through `blocks` for a session of at most so many positions, of which it has some."""
 
     blocks: BlockRange
     positions: int
+    prompt: int = 0
 
 
 Leg = tuple[int, BlockRange]
@@ -66,15 +67,25 @@ class Memory(Protocol):
 
 
 class Rules(Protocol):
-    """A `picture` is what anybody sees who looks into the DHT at that time."""
+    """A `picture` is what anybody sees who looks into the DHT at that time.
+
+    `settle`: the first machines choose one after the other, each seeing all before it.
+    `next_check`: seconds until a server thinks about moving; `consider`: where to; `confirm`: the
+    same after it has fetched the weights, if `fetches_first`. `tend`: what a server does now and
+    then besides; returns when again.
+    """
 
     name: str
+    fetches_first: bool  # weights, while it serves what it has; else it ends, and starts anew
     look_period: float  # seconds between two looks of a client
-    check_period: float  # mean seconds between two thoughts of a server about moving
     announce_period: float  # mean seconds between two announcements
 
     def announce(self, server: Server, now: float) -> None: ...
     def picture(self, now: float) -> Any: ...
+    def settle(self, machines: Sequence[Machine]) -> list[BlockRange]: ...
     def choose(self, server: Server, picture: Any) -> BlockRange: ...
+    def next_check(self, random: float) -> float: ...
     def consider(self, server: Server, picture: Any, now: float) -> BlockRange | None: ...
+    def confirm(self, server: Server, picture: Any, now: float) -> BlockRange | None: ...
+    def tend(self, server: Server, picture: Any, random: float) -> float: ...
     def memory(self, client: int) -> Memory: ...

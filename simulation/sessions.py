@@ -140,7 +140,7 @@ class Sessions:
             legs: list[Leg] = []
             try:
                 for gap in self._gaps(session):
-                    legs += memory.route(picture, Wanted(gap, session.positions), when)
+                    legs += memory.route(picture, self._wanted(session, gap), when)
             except NoRoute:
                 self._wait_for_a_route(session)
                 return
@@ -151,6 +151,9 @@ class Sessions:
                 self._feed(session, new, when)
                 return
         self._plan(session, when - self.clock.now, self._mend)
+
+    def _wanted(self, session: Session, blocks: BlockRange) -> Wanted:
+        return Wanted(blocks, session.positions, session.known + session.prompt)
 
     def _wait_for_a_route(self, session: Session) -> None:
         now = self.clock.now

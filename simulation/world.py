@@ -21,6 +21,7 @@ Bools = npt.NDArray[np.bool_]
 MEGABIT = 125_000.0  # bytes
 TOKEN_BYTES = 16_384  # one position between two hops: 8,192 values of two bytes
 BLOCK_BYTES = 440e6  # weights of one block that a server has to fetch (70 billion numbers, 4 bit)
+DISK = 1e9  # bytes per second
 START_SECONDS = 10.0  # of a server, besides its blocks: imports, joining, self-test
 _SPREAD = 0.99  # of a log-normal whose 1st and 99th percentile are a factor of 100 apart
 _MEAN_SPEED_AND_MEMORY = 0.5  # correlation of the logarithms: fast devices tend to be large
@@ -108,9 +109,16 @@ class Machine:
         """Block-tokens per second of a single stream."""
         return 1 / self.block_seconds
 
+    def fetch_seconds(self, blocks: int) -> float:
+        return blocks * BLOCK_BYTES / self.down
+
     def load_seconds(self, blocks: int) -> float:
-        """From choosing so many blocks to serving them."""
-        return START_SECONDS + blocks * BLOCK_BYTES / self.down
+        """From having the weights on the disk to serving them."""
+        return blocks * BLOCK_BYTES / DISK
+
+    def start_seconds(self, blocks: int) -> float:
+        """From choosing to serving, with nothing there yet."""
+        return START_SECONDS + self.fetch_seconds(blocks) + self.load_seconds(blocks)
 
 
 @dataclass(frozen=True, slots=True)
