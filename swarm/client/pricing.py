@@ -183,8 +183,9 @@ class Prices:
             known = known[~np.isnan(known)]
         self.usual = float(np.median(known)) if len(known) else _UNKNOWN_BLOCK_SECONDS
         lots = _lots(holders.seeds, tiebreak)
-        self._seconds(request, (lots >> np.uint64(32)) % np.uint64(_BELIEVERS) == 0)
-        self._sums(request, (lots & np.uint64(0xFFFF)) / 0xFFFF)
+        believing = (lots >> np.uint64(32)) % np.uint64(_BELIEVERS) == 0
+        self._seconds(request, believing)
+        self._sums(request, (lots & np.uint64(0xFFFF)) / 0xFFFF, believing)
         self._links(request)
 
     def _recall(self, request: Request, book: PeerBook, now: float) -> None:
@@ -228,7 +229,7 @@ class Prices:
         guess = self.block_seconds * share
         self.token_seconds = np.where(np.isnan(self.token_seconds), guess, self.token_seconds)
 
-    def _sums(self, request: Request, lots: Floats) -> None:
+    def _sums(self, request: Request, lots: Floats, believing: NDArray[np.bool_]) -> None:
         holders = self.holders
         self.rtt_known = ~np.isnan(self.rtt)
         rtts = np.sort(self.rtt[self.rtt_known])
@@ -246,6 +247,9 @@ class Prices:
         doubt = (1 + self.failures) * (1 + _SPREAD * luck)
         fixed = request.steps * (self.rtt + self.wait) + carrying + ~self.has_room * _NO_ROOM
         work = request.new_tokens * self.block_seconds + request.prompt_tokens * self.token_seconds
+        # Whoever claims more blocks than usual would spare us hops: those are charged all the same.
+        spared = np.fmax(0.0, 1 / np.median(holders.count) - 1 / holders.count)
+        work += request.steps * self.rtt * np.where(believing | ~np.isnan(self.own), 0.0, spared)
         self.fixed = doubt * fixed
         self.per_block = doubt * work
 
