@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from swarm.asking import ask, measure_rtt
@@ -15,7 +16,15 @@ from swarm.client.hop import Terms, endpoint_of
 from swarm.client.pace import Pace
 from swarm.client.peers import PeerBook
 from swarm.client.probing import choose_probes
-from swarm.client.routing import Chart, PricedHop, Request, RouteHop, find_route, price_route
+from swarm.client.routing import (
+    Chart,
+    PricedHop,
+    Request,
+    RouteHop,
+    find_better,
+    find_route,
+    price_route,
+)
 from swarm.config import ClientConfig
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
@@ -42,8 +51,11 @@ _LOOK_EVERY = 20.0  # seconds between looks into the DHT while nothing is wrong
 _FIRST_PROBES = 16  # servers that are asked how far they are at the start, all at once...
 _PROBES = 2  # ...and then after each look
 _PROBE_SECONDS = 5.0
+_MANY = 1000  # steps, by whose price one is judged
 
 
+Leg = tuple[str, BlockRange]
+"""A peer id, and which blocks are used there."""
 Measure = Callable[[Endpoint], Awaitable[float]]
 """Seconds to a server and back. Raises SwarmError."""
 
@@ -94,6 +106,45 @@ class ModelRouter:
             for priced in price_route(hops, chart, request, self._book, now):
                 logger.debug("route: %s", priced)
         return hops
+
+    def better(
+        self, hops: Sequence[Leg], terms: Terms, position: int
+    ) -> Sequence[tuple[SignedRecord, BlockRange]] | None:
+        """Where a session should move that holds `position` positions at these hops, between two
+        turns; None: it should stay."""
+        route = self._known(hops)
+        if route is None:
+            return None
+        blocks = BlockRange(route[0].blocks.start, route[-1].blocks.end)
+        left = replace(terms, max_length=max(1, terms.max_length - position))
+        rest, held = self._request(blocks, left, None), terms.batch_size * position
+        lot, now = self._rng.random(), time.monotonic()
+        try:
+            found = find_better(route, self._picture(), rest, held, self._book, now, lot)
+        except NoRoute:
+            return None
+        return None if found is None else [(hop.server, hop.blocks) for hop in found]
+
+    def step_seconds(self, hops: Sequence[Leg], terms: Terms) -> Sequence[float] | None:
+        """What each hop is expected to take of a step, from the answer of the hop before to its
+        own, as they come here. None: somebody of them takes no sessions any more."""
+        route = self._known(hops)
+        if route is None:
+            return None
+        blocks = BlockRange(route[0].blocks.start, route[-1].blocks.end)
+        request = replace(self._request(blocks, terms, 0), new_tokens=_MANY, prompt_tokens=0)
+        return [hop.seconds / _MANY for hop in self.price(route, request)]
+
+    def _known(self, hops: Sequence[Leg]) -> list[RouteHop] | None:
+        """As hops of a route, if all of them still take sessions."""
+        servers = {
+            server.record.peer_id: server
+            for server in self.view.servers
+            if server.record.state is ServerState.ONLINE
+        }
+        if any(peer_id not in servers for peer_id, _ in hops):
+            return None
+        return [RouteHop(servers[peer_id], blocks) for peer_id, blocks in hops]
 
     def price(self, hops: Sequence[RouteHop], request: Request) -> Sequence[PricedHop]:
         """What a route is expected to take by now. Raises KeyError if a hop is not announced."""

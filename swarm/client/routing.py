@@ -6,7 +6,7 @@ Also whether another chain is worth the trouble of moving there, and why one was
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 from statistics import median
@@ -24,6 +24,7 @@ __all__ = [
     "Request",
     "RouteHop",
     "better_route",
+    "find_better",
     "find_route",
     "is_slow",
     "price_route",
@@ -99,7 +100,10 @@ def price_route(
     book: PeerBook,
     now: float,
 ) -> list[PricedHop]:
-    """What a route is expected to take, hop by hop, whoever may be shunned at the moment."""
+    """What a route is expected to take, hop by hop, whoever may be shunned at the moment.
+
+    Raises KeyError if somebody takes no sessions any more.
+    """
     holders = _chart(servers).holders(request.model, request.numerics)
     prices = Prices(holders, request, book, now, None)
     place_of = {name: place for place, name in enumerate(holders.ids)}
@@ -123,6 +127,28 @@ def better_route(stay: float, go: float, replay: float) -> bool:
     `go`, after `replay` seconds in which new hops are told what was. Who could save little stays:
     estimates are rough, others want to move to the same place, and it comes back every turn."""
     return stay - go - replay > max(_LEAST_GAIN, _GAIN * stay)
+
+
+def find_better(
+    hops: Sequence[RouteHop],
+    chart: Chart,
+    rest: Request,
+    held: int,
+    book: PeerBook,
+    now: float,
+    tiebreak: float | None = 0.0,
+) -> tuple[RouteHop, ...] | None:
+    """Another route than `hops` for the `rest` of a session, if that is worth the move: servers
+    that are new to it have to be told `held` tokens first. Raises NoRoute, KeyError."""
+    replay = replace(rest, prompt_tokens=rest.prompt_tokens + held)
+    found = find_route(chart, replay, book, now, tiebreak=tiebreak)
+    stay, go, told = (
+        [hop.seconds for hop in price_route(route, chart, request, book, now)]
+        for route, request in ((hops, rest), (found, rest), (found, replay))
+    )
+    new = [hop not in hops for hop in found]
+    telling = sum(told[i] - go[i] for i in range(len(found)) if new[i])
+    return found if better_route(sum(stay), sum(go), telling) else None
 
 
 def _chart(servers: Sequence[SignedRecord] | Chart) -> Chart:

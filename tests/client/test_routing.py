@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.client.routing import Chart, better_route, find_route, is_slow, price_route
+from swarm.client.routing import (
+    Chart,
+    RouteHop,
+    better_route,
+    find_better,
+    find_route,
+    is_slow,
+    price_route,
+)
 from swarm.dht.records import ServerState, peer_tag
 from swarm.errors import NoRoute
 from swarm.types import ModelId, Numerics
@@ -154,6 +162,21 @@ def test_a_route_is_left_only_for_one_that_pays_for_the_move() -> None:
     assert not better_route(stay=100.0, go=80.0, replay=0.0)
     assert not better_route(stay=100.0, go=40.0, replay=40.0)
     assert not better_route(stay=0.9, go=0.0, replay=0.0)
+
+
+def test_a_session_moves_if_that_is_quicker_even_with_all_that_has_to_be_said_again() -> None:
+    servers = [server("slow", "0:8"), server("tail", "8:16"), server("fast", "0:8")]
+    chart, peers = Chart(servers), book(slow=0.3, tail=0.01, fast=0.01)
+    rest = request("0:16", prompt_tokens=0, new_tokens=100)
+    slow, tail, fast = (RouteHop(s, s.record.blocks) for s in servers)
+    assert find_better([slow, tail], chart, rest, 1000, peers, 0.0) == (fast, tail)
+    assert find_better([fast, tail], chart, rest, 1000, peers, 0.0) is None
+    few = request("0:16", prompt_tokens=0, new_tokens=2)
+    assert find_better([slow, tail], chart, few, 1000, peers, 0.0) is None
+    much = 10_000_000
+    assert find_better([slow, tail], chart, rest, much, peers, 0.0) is None
+    peers.pace.computed("tail", 8, 512, 1e6)  # which keeps what it has, so that does not matter
+    assert find_better([slow, tail], chart, rest, 1000, peers, 0.0) == (fast, tail)
 
 
 @given(st.floats(0.1, 1e4), st.floats(0.1, 1e4), st.floats(0.0, 100.0))
