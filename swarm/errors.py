@@ -1,6 +1,9 @@
 """The tree of errors: ours, theirs, and what people did; each message says what to do next."""
 
 from enum import StrEnum
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 
 class ErrorCode(StrEnum):
@@ -98,3 +101,11 @@ class NoRoute(SwarmError):
 
 class SessionClosed(SwarmError):
     """The inference session was closed; open another one."""
+
+
+def afresh(error: E) -> E:
+    """A copy to raise of an error that is kept: else whoever raises it hangs its frames, and with
+    them all that a session holds, on what is kept."""
+    copy = type(error).__new__(type(error), *error.args)
+    vars(copy).update(vars(error))
+    return copy

@@ -19,6 +19,7 @@ from swarm.errors import (
     PeerUnavailable,
     RemoteProtocolError,
     SwarmError,
+    afresh,
 )
 from swarm.wire import MAX_FRAME_BYTES, pack, unpack
 
@@ -89,7 +90,7 @@ class Channel:
             raise LocalProtocolError(f"{len(frame)} bytes do not fit into a frame")
         error = self._error or self._link.error
         if self._we_ended or error is not None:
-            raise error or self._closed()
+            raise afresh(error) if error else self._closed()
         self.post(Kind.DATA, frame)
         if self._link.is_full:
             await self._link.room()
@@ -104,7 +105,7 @@ class Channel:
     async def receive(self) -> bytes | None:
         while not self._frames:
             if self._error is not None:
-                raise self._error
+                raise afresh(self._error)
             if self._they_ended:
                 return None
             self._waiter = asyncio.get_running_loop().create_future()
@@ -116,7 +117,7 @@ class Channel:
 
     async def finish(self) -> None:
         if self._error is not None:
-            raise self._error
+            raise afresh(self._error)
         if not self._we_ended:
             self._we_ended = True
             self.post(Kind.END, b"")
@@ -245,7 +246,7 @@ class Link:
     def open(self, method: str) -> Channel:
         """A new stream; the other end learns of it with the first message."""
         if self.error is not None:
-            raise self.error
+            raise afresh(self.error)
         self._last += 1
         channel = self._channels[self._last] = Channel(self, self._last)
         channel.post(Kind.OPEN, method.encode())
@@ -257,7 +258,7 @@ class Link:
         Raises SwarmError: why.
         """
         if self.error is not None:
-            raise self.error
+            raise afresh(self.error)
         if bulk:
             self._lanes = [self._lanes[0], _Lane()]
         lane = self._lanes[-1]
@@ -304,7 +305,7 @@ class Link:
             self._room.clear()
             await self._room.wait()
         if self.error is not None:
-            raise self.error
+            raise afresh(self.error)
 
     def post(self, number: int, sequence: int, kind: Kind, payload: bytes) -> None:
         bulk = len(payload) > BULK_BYTES

@@ -1,6 +1,7 @@
 """Streams over shared connections: in order, apart from each other, and bounded."""
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -237,6 +238,34 @@ def test_a_lost_connection_ends_all_streams_after_their_last_frames() -> None:
                 await stream.receive()
             with pytest.raises(SwarmError):
                 both.left.open("session")
+
+    run(go())
+
+
+def test_what_is_kept_of_a_lost_link_holds_nothing_of_those_who_used_it() -> None:
+    """A server that moved could not free its weights: a session hung on a dead link's error."""
+
+    class Cache:
+        pass
+
+    async def use(stream: Channel) -> weakref.ref[Cache]:
+        cache = Cache()
+        here = weakref.ref(cache)
+        for touch in (stream.receive, stream.finish, lambda: stream.send(b"")):
+            with suppress(PeerUnavailable):
+                await touch()
+        del cache
+        return here
+
+    async def go() -> None:
+        async with pair() as both:
+            stream = both.left.open("m")
+            both.left.lose(PeerUnavailable("gone"))
+            assert (await use(stream))() is None
+            held = both.left.error
+            assert held is not None
+            assert held.__traceback__ is None
+            assert str(held) == "gone"
 
     run(go())
 
