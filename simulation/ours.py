@@ -15,10 +15,11 @@ from simulation.rules import Leg, Server, Wanted
 from simulation.world import TOKEN_BYTES, Machine
 from swarm.client.peers import PeerBook
 from swarm.client.probing import choose_probes
-from swarm.client.routing import Chart, Request, find_route
+from swarm.client.routing import Chart, Request, RouteHop, find_better, find_route
 from swarm.config import ServerLimits
 from swarm.dht.directory import Sighting, SwarmView, take_picture
 from swarm.dht.records import ServerRecord, ServerState, SignedRecord
+from swarm.errors import NoRoute
 from swarm.server import neighbours
 from swarm.server.balancer import next_look, others_in
 from swarm.server.placement import Holder, believe, choose_span, consider_move, swarm_throughput
@@ -88,16 +89,24 @@ class Client:
         self._looks = 0
 
     def route(self, picture: Picture, wanted: Wanted, now: float) -> Sequence[Leg]:
-        request = Request(
-            _MODEL,
-            wanted.blocks,
-            _NUMERICS,
-            prompt_tokens=wanted.prompt,
-            new_tokens=max(1, wanted.positions - wanted.prompt),
-            position_bytes=TOKEN_BYTES,
-        )
+        request = _request(wanted, wanted.held + wanted.prompt)
         hops = find_route(picture.chart, request, self._book, now, tiebreak=self._rng.random())
         return [(_index(hop.server.record), hop.blocks) for hop in hops]
+
+    def better(
+        self, picture: Picture, legs: Sequence[Leg], wanted: Wanted, now: float
+    ) -> Sequence[Leg] | None:
+        names = [f"server{index:08d}" for index, _ in legs]
+        records = picture.records_of(names)
+        if len(records) < len(names):
+            return None
+        hops = [RouteHop(signed, blocks) for signed, (_, blocks) in zip(records, legs, strict=True)]
+        rest, lot = _request(wanted, wanted.prompt), self._rng.random()
+        try:
+            found = find_better(hops, picture.chart, rest, wanted.held, self._book, now, lot)
+        except (NoRoute, KeyError):  # KeyError: one of them takes no sessions any more
+            return None
+        return [(_index(hop.server.record), hop.blocks) for hop in found] if found else None
 
     def look(self, picture: Picture, now: float) -> None:
         """Probe a few. Strangers are drawn first, or all clients would have to sift all servers."""
@@ -262,6 +271,17 @@ class OurRules:
 
     def memory(self, client: int) -> Client:
         return Client(self, client)
+
+
+def _request(wanted: Wanted, prompt: int) -> Request:
+    return Request(
+        _MODEL,
+        wanted.blocks,
+        _NUMERICS,
+        prompt_tokens=prompt,
+        new_tokens=max(1, wanted.positions - wanted.held - wanted.prompt),
+        position_bytes=TOKEN_BYTES,
+    )
 
 
 def _index(record: ServerRecord) -> int:

@@ -44,10 +44,11 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A route through `blocks` for a session of at most so many positions, of which it has some."""
+    """A route through `blocks` for a session of at most so many positions."""
 
     blocks: BlockRange
     positions: int
+    held: int = 0  # positions that new hops must be told first
     prompt: int = 0
 
 
@@ -59,6 +60,9 @@ class Memory(Protocol):
     """One client's: what it has learnt, and how it chooses by that. Raises NoRoute."""
 
     def route(self, picture: Any, wanted: Wanted, now: float) -> Sequence[Leg]: ...
+    def better(
+        self, picture: Any, legs: Sequence[Leg], wanted: Wanted, now: float
+    ) -> Sequence[Leg] | None: ...
     def look(self, picture: Any, now: float) -> None: ...
     def failed(self, server: Server, now: float) -> None: ...
     def busy(self, server: Server, now: float) -> None: ...

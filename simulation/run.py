@@ -63,6 +63,9 @@ def figures(world: World, measure: Measure) -> dict[str, float]:
         "answers": counts["answers"],
         "answers given up": counts["given up"],
         "openings refused as full, %": 100 * counts["refused as full"] / max(1, counts["openings"]),
+        "routes left for better ones, % of answers": 100
+        * counts["routes left for better ones"]
+        / max(1, counts["answers"]),
         "moves per server-hour": counts["moves"] / hours,
         "announcements per server-minute": counts["announcements"] / hours / 60,
         "looks per server-minute": counts["looks of servers"] / hours / 60,

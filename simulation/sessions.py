@@ -52,6 +52,7 @@ class Session:
     since: float = 0.0  # when it began to wait: the prompt was sent, or a hop was lost
     blocked: float | None = None  # since when there is no route
     generation: int = 0  # of plans; older ones mean nothing
+    fresh: list[Leg] = field(default_factory=list[Leg])  # hops that know nothing yet
     fed: list[int] = field(default_factory=list[int])  # servers that work on its prompt
 
 
@@ -94,7 +95,24 @@ class Sessions:
         turn = session.turns[session.turn]
         session.prompt, session.left = turn.prompt, float(turn.answer)
         session.since = self.clock.now
+        if session.hops and not self._gaps(session):
+            self._improve(session)
         self._mend(session)
+
+    def _improve(self, session: Session) -> None:
+        """Between turns a session may leave for a better route; what cannot be opened is mended."""
+        memory, now = self._memories[session.client], self.clock.now
+        wanted = self._wanted(session, BlockRange(0, self._num_blocks))
+        legs = memory.better(self._seen(session), session.hops, wanted, now)
+        if legs is None:
+            return
+        self.measure.count("routes left for better ones", now)
+        for leg in [leg for leg in session.hops if leg not in legs]:
+            session.hops.remove(leg)
+            self._release(session, leg)
+        for leg in legs:
+            if leg not in session.hops:
+                self._open(session, leg, now)
 
     def _turn_over(self, session: Session) -> None:
         memory = self._memories[session.client]
@@ -112,9 +130,9 @@ class Sessions:
             self._close(session)
 
     def _close(self, session: Session) -> None:
-        for leg in session.hops:
+        hops, session.hops, session.fresh = session.hops, [], []
+        for leg in hops:
             self._release(session, leg)
-        session.hops = []
         session.state = State.IDLE
         self._new_chat(session, self._rng.expovariate(1 / BETWEEN_CHATS))
 
@@ -135,7 +153,6 @@ class Sessions:
         session.state = State.MENDING
         memory, when = self._memories[session.client], self.clock.now
         picture = self._seen(session)
-        new: list[Leg] = []
         for _ in range(_TRIES):
             legs: list[Leg] = []
             try:
@@ -145,15 +162,14 @@ class Sessions:
                 self._wait_for_a_route(session)
                 return
             outcomes = [self._open(session, leg, when) for leg in legs]
-            new += [leg for leg, (opened, _) in zip(legs, outcomes, strict=True) if opened]
             when += max((seconds for _, seconds in outcomes), default=0.0)
             if all(opened for opened, _ in outcomes):
-                self._feed(session, new, when)
+                self._feed(session, when)
                 return
         self._plan(session, when - self.clock.now, self._mend)
 
     def _wanted(self, session: Session, blocks: BlockRange) -> Wanted:
-        return Wanted(blocks, session.positions, session.known + session.prompt)
+        return Wanted(blocks, session.positions, session.known, session.prompt)
 
     def _wait_for_a_route(self, session: Session) -> None:
         now = self.clock.now
@@ -206,13 +222,14 @@ class Sessions:
         server.promised += needed
         server.sessions.add(session.client)
         session.hops = sorted([*session.hops, leg], key=lambda leg: leg[1])
+        session.fresh.append(leg)
         memory.opened(server, trip)
         return True, trip
 
     def _release(self, session: Session, leg: Leg) -> None:
         server = self.swarm.servers[leg[0]]
         server.promised -= session.positions * len(leg[1])
-        if all(index != leg[0] for index, _ in session.hops if (index, _) != leg):
+        if all(index != leg[0] for index, _ in session.hops):
             server.sessions.discard(session.client)
 
     def _lost(self, server: Server, failed: bool) -> None:
@@ -242,10 +259,11 @@ class Sessions:
 
     # Its positions --------------------------------------------------------------------------
 
-    def _feed(self, session: Session, new: list[Leg], when: float) -> None:
+    def _feed(self, session: Session, when: float) -> None:
         """A replay to new hops, then the prompt to all."""
         self._unblock(session)
         session.state = State.FEEDING
+        new = [leg for leg in session.hops if leg in session.fresh]
         replay = self._passage(session, new, session.known if new else 0)
         prompt = self._passage(session, session.hops, session.prompt)
         session.fed = [index for index, _ in (session.hops if session.prompt else new)]
@@ -278,6 +296,7 @@ class Sessions:
     def _decode(self, session: Session) -> None:
         client, now = session.client, self.clock.now
         self._stop_feeding(session)
+        session.fresh = []
         if session.prompt:
             self.measure.answered(now, now - session.since)
         else:
