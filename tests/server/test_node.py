@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import time
+import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -194,6 +195,7 @@ def test_a_spare_server_moves_to_where_one_left_and_is_the_same_server(
                 session = model.inference_session(max_length=16)
                 await asyncio.to_thread(model.generate, prompt, session=session, **four)
                 assert session.hops[0].peer_id == before.peer_id
+                weights = weakref.ref(spare._serving._held.span)  # type: ignore[union-attr]
             async with asyncio.timeout(20):
                 while (str(spare.blocks), spare.record.state) != ("2:4", ServerState.ONLINE):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
@@ -202,6 +204,7 @@ def test_a_spare_server_moves_to_where_one_left_and_is_the_same_server(
             assert [str(hop.blocks) for hop in session.hops] == ["0:2", "2:4"]
             assert session.hops[1].peer_id == before.peer_id
             assert spare.record.port == before.port
+            assert weights() is None  # their memory is free
             assert not (await look(dht, spare)).missing_blocks()
             await asyncio.to_thread(session.close)
             await asyncio.to_thread(SwarmNetwork.leave_all)
