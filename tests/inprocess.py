@@ -78,7 +78,9 @@ class FakeRouter:
         self.failures.append((endpoint.peer_id, error))
         self.banned.add(endpoint.peer_id)
 
-    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
+    def worked(
+        self, peer_id: str, tokens: int, seconds: float, blocks: int, elapsed: float
+    ) -> None:
         pass
 
     def measured(self, peer_id: str, rtt: float) -> None:

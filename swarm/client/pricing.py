@@ -235,7 +235,9 @@ class Prices:
         rtts = np.sort(self.rtt[self.rtt_known])
         usual = rtts[int(_QUANTILE * len(rtts))] if len(rtts) >= _MEASURED else _UNKNOWN_RTT
         self.rtt = np.where(self.rtt_known, self.rtt, usual)
-        self.wait = np.where(holders.queue > 0, 0.5 * self.block_seconds * holders.count, 0.0)
+        # What we measured ourselves has the waiting in it, and our own steps may be the queue.
+        busy = (holders.queue > 0) & np.isnan(self.own)
+        self.wait = np.where(busy, 0.5 * self.block_seconds * holders.count, 0.0)
         needed = request.prompt_tokens + request.rows * request.new_tokens
         fits = holders.free // max(1, needed)
         self.has_room = fits > 0

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from swarm.client.hop import Hop, Listener, Terms
 from swarm.config import ClientTimeouts
 from swarm.dht.records import SignedRecord
-from swarm.errors import ErrorCode, RemoteProtocolError, SessionClosed, SwarmError
+from swarm.errors import (
+    ErrorCode,
+    NoRoute,
+    PeerUnavailable,
+    RemoteProtocolError,
+    SessionClosed,
+    SwarmError,
+)
 from swarm.identity import Access
 from swarm.messages import PushTarget
 from swarm.transport import Endpoint, Transport
@@ -32,8 +39,11 @@ class Router(Protocol):
 
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None: ...
 
-    def worked(self, peer_id: str, tokens: int, seconds: float, blocks: int) -> None:
-        """`tokens` positions of all rows went through so many blocks in so many seconds."""
+    def worked(
+        self, peer_id: str, tokens: int, seconds: float, blocks: int, elapsed: float
+    ) -> None:
+        """`tokens` positions of all rows went through so many blocks in so many seconds, as it
+        says; we saw its answer `elapsed` seconds after that of the hop before it (0: unknown)."""
         ...
 
     def measured(self, peer_id: str, rtt: float) -> None:
@@ -92,6 +102,56 @@ class Route:
                 self._blame(hop)
                 raise Interrupted(f"could not open {hop}: {hop.failure}")
         return bool(lost)
+
+    async def prepare(self, leaving: Hop, terms: Terms, listener: Listener) -> Hop | None:
+        """Another server for all blocks of a hop, opened and empty; None if none alone has them."""
+        why = RemoteProtocolError(ErrorCode.DRAINING, "it is leaving")
+        self._router.failed(leaving.endpoint, why)
+        try:
+            (server, blocks), *more = self._router.route(leaving.blocks, terms)
+        except NoRoute:
+            return None
+        if more:
+            return None
+        hop = Hop(server, blocks, terms)
+        await self._open(hop, leaving.pushes_to, 0, listener)
+        if not hop.alive:
+            self._blame(hop)
+            return None
+        return hop
+
+    async def replace(self, leaving: Hop, hop: Hop, epoch: int) -> None:
+        """`leaving` gives `hop`, which is prepared, what it holds, and `hop` takes its place.
+
+        Between steps only. Raises SwarmError: the route is as it was.
+        """
+        timeout = self._timeouts.connect
+        await leaving.hand_over(hop.target, timeout)
+        hop.last_step = leaving.last_step
+        await hop.redirect(leaving.pushes_to, epoch, self._timeouts.sync)
+        await hop.sync(epoch, self._timeouts.sync)
+        if not hop.alive or hop.position != leaving.position:
+            raise hop.failure or PeerUnavailable(f"{hop} did not inherit everything")
+        at = self.hops.index(leaving)
+        self.hops[at] = hop
+        if at:
+            await self.hops[at - 1].redirect(hop.target, epoch, self._timeouts.sync)
+        await leaving.close()
+
+    def suspect(self, owing: Container[Hop], flowing: bool, silence: Silent) -> None:
+        """Of hops that owe the oldest answer the first is at fault, or, if steps flow from hop to
+        hop, the one before it that claims to have pushed."""
+        before: Hop | None = None
+        for hop in self.hops:
+            if hop in owing:
+                break
+            before = hop
+        else:
+            return
+        if flowing and before is not None and before.pushes_to is not None:
+            before.cannot_push_to = before.pushes_to
+        else:
+            hop.lose(PeerUnavailable(f"{hop}: {silence}"))
 
     async def close(self) -> None:
         """Free the sessions on all servers."""

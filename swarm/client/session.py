@@ -36,6 +36,7 @@ from swarm.errors import (
     PeerUnavailable,
     RemoteProtocolError,
     SessionClosed,
+    SwarmError,
 )
 from swarm.identity import Access
 from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
@@ -64,6 +65,7 @@ class RemoteSession:
         self.blocks = blocks
         self.position = 0
         self.recoveries = 0
+        self.moves = 0  # to a server that inherited all from one that left
         self._terms = terms
         self._router = router
         self._config = config
@@ -80,6 +82,7 @@ class RemoteSession:
         self._trouble: str | None = "nothing is open yet"
         self._bell = Bell()
         self._lock = asyncio.Lock()
+        self._moves: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
@@ -139,6 +142,8 @@ class RemoteSession:
         self._closed = True
         self._bell.wake()
         await self._route.close()
+        if self._moves:
+            await asyncio.wait(self._moves)
         async with self._lock:  # until that step has noticed
             await self._route.close()
 
@@ -203,7 +208,8 @@ class RemoteSession:
                 logger.info("session interrupted: %s", error)
                 self._trouble = str(error)
                 if isinstance(error, Silent):
-                    self._suspect(error)
+                    owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
+                    self._route.suspect(owing, self._flowing, error)
                 if whole:  # another disaster, to be mended in a time of its own
                     disasters, give_up = disasters + 1, clock() + patience
                 elif clock() > give_up:
@@ -341,13 +347,35 @@ class RemoteSession:
                 following.send(step.model_copy(update={"hidden": output.hidden}))
         if sent.flight is not None:
             sent.arrived(index, output, asyncio.get_running_loop().time())
-        self._router.worked(hop.peer_id, end - begin, output.compute_ms / 1e3, len(hop.blocks))
+        seconds, elapsed = output.compute_ms / 1e3, sent.elapsed(index)
+        self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks), elapsed)
         self._bell.ring()
 
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
         if message.epoch == self._epoch and hop.pushes_to is not None:  # else we have left them
             hop.cannot_push_to = hop.pushes_to
             self._interrupt(f"{hop} cannot push: {message.message}")
+
+    def on_leaving(self, hop: Hop) -> None:
+        task = asyncio.create_task(self._move(hop))
+        self._moves.add(task)
+        task.add_done_callback(self._moves.discard)
+
+    async def _move(self, leaving: Hop) -> None:
+        """To another server, which inherits what this one holds; else it ends, and we replay."""
+        hop = await self._route.prepare(leaving, self._terms, self)
+        if hop is None:
+            return
+        async with self._lock:
+            try:
+                if self._closed or self._trouble is not None or leaving not in self.hops:
+                    raise SessionClosed("there is nothing to move any more")
+                self._epoch += 1
+                await self._route.replace(leaving, hop, self._epoch)
+                self.moves += 1
+            except SwarmError as error:
+                logger.info("%s did not take over from %s: %s", hop, leaving, error)
+                await hop.close()
 
     def on_lost(self, hop: Hop) -> None:
         if hop in self.hops:
@@ -356,21 +384,6 @@ class RemoteSession:
     def _interrupt(self, why: str) -> None:
         self._trouble = why
         self._bell.wake()
-
-    def _suspect(self, silence: Silent) -> None:
-        """Who owes the oldest answer is at fault, or else the one who claims to have pushed it."""
-        owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
-        before: Hop | None = None
-        for hop in self.hops:
-            if hop in owing:
-                break
-            before = hop
-        else:
-            return
-        if self._flowing and before is not None and before.pushes_to is not None:
-            before.cannot_push_to = before.pushes_to
-        else:
-            hop.lose(PeerUnavailable(f"{hop}: {silence}"))
 
     async def _recover(self, give_up: float) -> None:
         """A new epoch, a whole route, and histories at just its borders. Raises NoRoute."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,16 @@ class Sent:
     awaited: set[Hop]
     until: int  # outputs from here on are not wanted any more
     flight: Flight | None = None  # whose piece it is
+    times: dict[int, float] = field(default_factory=dict[int, float])  # of answers, by hop
+
+    def __post_init__(self) -> None:
+        self.times[-1] = time.perf_counter()  # the loop's clock may count whole milliseconds
+
+    def elapsed(self, hop: int) -> float:
+        """Seconds between the answer of the hop before (or sending) and that of this one, which is
+        here now; 0 if it overtook the other one, so that nobody knows."""
+        now = self.times[hop] = time.perf_counter()
+        return now - self.times.get(hop - 1, now)
 
     def arrived(self, hop: int, output: Output, now: float) -> None:
         """Let later pieces know how this one fared."""
