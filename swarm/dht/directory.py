@@ -29,6 +29,8 @@ from swarm.types import BlockRange, ModelId
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 8  # records that are checked, 0.2 ms each, before others have their turn
+
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
@@ -100,9 +102,12 @@ class Directory:
                 raise
             logger.info("keeping the last picture of the swarm: %s", error)
             found = {}
-        for signed in open_all(chain(*found.values()), self._dht):
-            if (signed.record.model, signed.record.num_blocks) == (model, num_blocks):
-                self._see(signed)
+        for count, data in enumerate(chain(*found.values()), 1):
+            for signed in open_all([data], self._dht):
+                if (signed.record.model, signed.record.num_blocks) == (model, num_blocks):
+                    self._see(signed)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
         now = self._dht.now()
         for peer_id, sighting in list(self._sightings.items()):
             if sighting.signed.record.expires_at + CLOCK_SLACK < now:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from swarm.config import ServerLimits
-from swarm.errors import OutOfPages, UsageError
+from swarm.errors import OutOfPages, SwarmError, UsageError
 from swarm.loop import in_thread
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_span
@@ -141,7 +141,8 @@ class Serving:
         await self._serve(await self._load(blocks))
 
     async def replace(self, blocks: BlockRange) -> None:
-        """Serve these instead. Raises UsageError; then the former ones are served again.
+        """Serve these instead. Raises UsageError; then the former ones are served again, or else
+        SwarmError.
 
         Where there is room for both, the new span is loaded before the old one is given up.
         """
@@ -156,7 +157,10 @@ class Serving:
         try:
             await self._serve(span or await self._load(blocks))
         except UsageError:
-            await self.open(before)
+            try:
+                await self.open(before)
+            except UsageError as error:
+                raise SwarmError(f"blocks {before} cannot be loaded again: {error}") from error
             raise
 
     async def drain(self) -> None:

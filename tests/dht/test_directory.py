@@ -49,6 +49,25 @@ def test_a_reader_sees_who_serves_what(key: SwarmKey | None) -> None:
     assert view is world.directory.view
 
 
+def test_others_have_their_turn_while_a_large_swarm_is_read() -> None:
+    """Or a server's sessions would stand still for 0.2 ms per server, at each look."""
+    world = World()
+    server = signed(ALICE, "0:8")
+    [key] = keys_of(server.record, None)[:1]
+    world.dht.values[key] = {str(i): (server.data, server.record.kept_until) for i in range(40)}
+    turns = 0
+
+    async def look() -> None:
+        nonlocal turns
+        looking = asyncio.create_task(world.directory.refresh())
+        while not looking.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(look())
+    assert turns >= 40 / 8
+
+
 def test_an_empty_swarm_misses_every_block() -> None:
     assert World().look().missing_blocks() == (BlockRange(0, 24),)
 

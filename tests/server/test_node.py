@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
@@ -26,7 +27,7 @@ from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerRecord, ServerState, sign_record
 from swarm.errors import ErrorCode, InvalidRecord, UsageError
 from swarm.identity import Identity
-from swarm.loop import run
+from swarm.loop import WORK_THREAD, run
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.spans import Span
@@ -34,6 +35,7 @@ from swarm.server import throughput
 from swarm.server.choice import ServerConfig, pick_dtype
 from swarm.server.door import Door
 from swarm.server.node import ServerNode
+from swarm.server.serving import Source
 from swarm.server.throughput import SHAPES
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
@@ -210,6 +212,64 @@ def test_a_spare_server_moves_to_where_one_left_and_is_the_same_server(
             await asyncio.to_thread(SwarmNetwork.leave_all)
 
     play(scene())
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_a_server_that_cannot_load_other_blocks_serves_its_own_again(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, roomy: bool
+) -> None:
+    load = Source.load
+
+    def only_ours(source: Source, blocks: BlockRange) -> Span:
+        if str(blocks) != "0:2":
+            raise UsageError("the disk is full")
+        return load(source, blocks)
+
+    async def scene() -> None:
+        limits = ServerLimits(kv_bytes=1 << 20)
+        async with ServerNode.running(replace(config, num_blocks=2, limits=limits)) as node:
+            monkeypatch.setattr(Source, "load", only_ours)
+            if not roomy:
+                monkeypatch.setattr(throughput, "free_bytes", lambda device: 0)
+            before = node._door.handler
+            await node.claim(BlockRange(2, 4))
+            with pytest.raises(UsageError, match="the disk is full"):
+                await node.move(BlockRange(2, 4))
+            assert (str(node.blocks), node.record.state) == ("0:2", ServerState.ONLINE)
+            assert node._door.handler is not None
+            assert (node._door.handler is before) == roomy
+            assert not node._door.handler.draining
+
+    play(scene())
+
+
+def test_it_leaves_politely_also_in_the_middle_of_a_move(
+    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loading, leaving = Source.load, threading.Event(), threading.Event()
+
+    def slow(source: Source, blocks: BlockRange) -> Span:
+        loading.set()
+        leaving.wait(20)
+        return load(source, blocks)
+
+    async def scene() -> None:
+        async with ServerNode.running(replace(config, blocks=BlockRange(0, 2))) as node:
+            await node._balancing  # to measure
+            monkeypatch.setattr(Source, "load", slow)
+            monkeypatch.setattr(throughput, "free_bytes", lambda device: 0)
+            await node.claim(BlockRange(2, 4))
+            node._balancing = asyncio.create_task(node.move(BlockRange(2, 4)))
+            await asyncio.to_thread(loading.wait, 20)
+            await node.drain()
+            assert node.record.state is ServerState.DRAINING
+            assert node._door.handler is None
+            leaving.set()
+
+    play(scene())
+    for thread in threading.enumerate():  # torch must not be in there when the process ends
+        if thread.name == WORK_THREAD:
+            thread.join()
 
 
 def test_without_a_model_it_serves_what_the_swarm_does(config: ServerConfig) -> None:
