@@ -24,6 +24,7 @@ from benchmarks import (
     batch,
     codec,
     decode,
+    failover,
     families,
     first_light,
     hop,
@@ -52,6 +53,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "offload": offload.measure,
     "start": start.measure,
     "first_light": first_light.measure,
+    "failover": failover.measure,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
+from swarm.models.demo import DEMO_MODEL
 from swarm.models.families import causal_class
 from swarm.models.shrink import shrink
 
@@ -40,7 +41,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_model(name: str, folder: Path, seed: int) -> Path:
-    """Writes the model called A, B or by its family into a new folder of `folder`."""
+    """Writes the model called A, B or by its family into a new folder of `folder`.
+
+    The one called demo is there: the bundled one.
+    """
+    if name == "demo":
+        return DEMO_MODEL
     config = _llama(name) if name in LLAMAS else _tiny(name)
     # With the usual 0.02 such models write one token for ever, which would hide errors.
     config.initializer_range = 0.1
