@@ -222,8 +222,9 @@ class ModelRouter:
         self._book.worked(peer_id, tokens, seconds, blocks, elapsed=elapsed, now=now)
 
     def measured(self, peer_id: str, rtt: float) -> None:
-        self._book.asked(peer_id, time.monotonic())
-        self._book.measured(peer_id, rtt)
+        """An opening was answered, perhaps after waiting for memory: better than nothing."""
+        if self._book.rtt(peer_id) is None:
+            self._book.measured(peer_id, rtt)
 
 
 class SwarmNetwork:

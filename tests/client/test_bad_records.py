@@ -98,7 +98,7 @@ def test_a_liar_is_left_once_it_was_seen_and_its_address_once_it_was_asked() -> 
     chosen = sum(route[0][1] == EVE.peer_id for route in routes)
     assert 0 < chosen < 200 * 0.7  # one client in four believes it, and of the others every second
     for name in (*HONEST, EVE.peer_id):
-        router.measured(name, 0.01)
+        router.measured(name, 0.01)  # by opening a session
     for name in HONEST:
         router.worked(name, 1, 0.01, 12, elapsed=0.02)
     router.worked(EVE.peer_id, 1, 0.0, 24, elapsed=1.0)  # 0 s, it says

@@ -50,6 +50,12 @@ def test_what_a_hop_takes_is_expected_as_it_is_seen() -> None:
     assert router(*SERVERS[1:]).step_seconds(LEGS, one) is None
 
 
+def test_an_opening_that_waited_for_memory_moves_nobody_away() -> None:
+    routes = router(*SERVERS)
+    routes.measured("fast", 3.0)
+    assert names(list(routes.route(BOTH, TERMS))) == ["fast", "tail"]
+
+
 def test_routes_use_whom_the_client_allows_and_nobody_it_has_blocked() -> None:
     slow, fast, tail = SERVERS
     assert names(list(router(*SERVERS).route(BOTH, TERMS))) == ["fast", "tail"]

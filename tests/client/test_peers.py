@@ -86,6 +86,43 @@ def test_a_long_prefill_says_nothing_about_decode_steps() -> None:
     assert peers.block_seconds("a") is None
 
 
+def test_answers_that_come_late_count_for_more_than_words() -> None:
+    peers = book()
+    peers.measured("a", 0.1)
+    peers.worked("a", 1, 0.0, blocks=4, elapsed=0.5)
+    assert peers.block_seconds("a") == pytest.approx(0.1)
+    peers.worked("b", 1, 0.2, blocks=4, elapsed=0.5)  # how far it is nobody knows
+    assert peers.block_seconds("b") == pytest.approx(0.05)
+    peers.measured("c", 0.1)
+    peers.worked("c", 1, 0.2, blocks=4, elapsed=0.25)  # all of it was spent on the way
+    assert peers.block_seconds("c") == pytest.approx(0.05)
+
+
+def test_speeds_are_forgotten_in_time_and_then_measured_anew() -> None:
+    peers = book()
+    peers.worked("a", 1, 4.0, blocks=4, now=100.0)
+    assert peers.block_seconds("a", 700.0) == 1.0
+    assert peers.block_seconds("a", 701.0) is None
+    peers.worked("a", 1, 0.4, blocks=4, now=800.0)
+    assert peers.block_seconds("a", 800.0) == pytest.approx(0.1)
+
+
+def test_a_shorter_way_is_believed_sooner_than_a_longer_one() -> None:
+    """What makes an answer late is a queue somewhere, mostly."""
+    peers = book()
+    for name, second in (("nearer", 0.1), ("farther", 1.9)):
+        peers.measured(name, 1.0)
+        peers.measured(name, second)
+    assert peers.rtt("nearer") == pytest.approx(0.55)
+    assert peers.rtt("farther") == pytest.approx(1.18)
+
+
+def test_those_who_are_known_are_recalled_with_their_places() -> None:
+    peers = book()
+    peers.measured("b", 0.1)
+    assert [(place, peer.rtt) for place, peer in peers.recall(["a", "b", "c"])] == [(1, 0.1)]
+
+
 def test_memory_is_bounded_and_forgets_the_longest_silent() -> None:
     peers = book()
     peers.failed("first", 0.0)
