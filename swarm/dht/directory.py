@@ -88,6 +88,12 @@ class Directory:
         self.view = SwarmView(model, num_blocks)
         self._dht, self._clock = dht, clock
         self._sightings: dict[str, Sighting] = {}
+        self._looked = float("-inf")
+
+    async def recent(self, age: float) -> SwarmView:
+        """The last picture if it is no more than `age` seconds old, else a new one: a look costs
+        all who keep records. Raises as `refresh` does."""
+        return self.view if self._clock() - self._looked <= age else await self.refresh()
 
     async def refresh(self) -> SwarmView:
         """Look again. If the DHT does not answer, what is known grows old instead.
@@ -113,6 +119,7 @@ class Directory:
             if sighting.signed.record.expires_at + CLOCK_SLACK < now:
                 del self._sightings[peer_id]
         self.view = take_picture(self.view, self._sightings, now, self._clock())
+        self._looked = self._clock()
         return self.view
 
     async def run(self, period: float) -> None:

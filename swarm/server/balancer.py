@@ -79,16 +79,18 @@ class Balancer:
         while self.quality > 0:
             servers = len(self._directory.view.servers)
             await asyncio.sleep(next_look(period, servers, self._rng.random()))
-            await self.look()
+            await self.look(next_look(period, servers, 0.0))
 
-    async def look(self) -> bool:
-        """Look once; whether that led to a move."""
+    async def look(self, age: float = 0.0) -> bool:
+        """Look at a picture of at most that age, in seconds; whether that led to a move."""
         me = self._server.holder
         try:
-            blocks = self._consider(await self._directory.refresh(), me, self._rng.random())
+            blocks = self._consider(await self._directory.recent(age), me, self._rng.random())
             if blocks is None:
                 return False
             await self._server.fetch(blocks)  # while the others are still being served
+            if self._consider(await self._directory.refresh(), me, 0.0) != blocks:
+                return False
             await self._server.claim(blocks)
             # Whoever had the same thought has announced it, or will see what we announced.
             if self._consider(await self._directory.refresh(), me, 0.0) != blocks:

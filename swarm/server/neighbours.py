@@ -57,16 +57,17 @@ class Neighbours:
 
     async def run(self) -> None:
         """Measure a few at a time, until cancelled."""
-        probes = 2 * _PROBES
+        probes, age = 2 * _PROBES, 0.0
         while True:
             try:
-                view = await self._directory.refresh()
+                view = await self._directory.recent(age)
             except PeerUnavailable as error:
                 logger.info("cannot see who could follow: %s", error)
                 view = self._directory.view
             await self.look(view.servers, probes)
             probes = _PROBES
             period = max(_PERIOD, _SECONDS_PER_SERVER * len(view.servers))
+            age = period / 2
             await asyncio.sleep(period * (0.5 + self._rng.random()))
 
     async def look(self, servers: Sequence[SignedRecord], probes: int) -> None:

@@ -68,6 +68,16 @@ def test_others_have_their_turn_while_a_large_swarm_is_read() -> None:
     assert turns >= 40 / 8
 
 
+def test_a_recent_picture_will_do_for_whoever_says_so() -> None:
+    world = World()
+    first = asyncio.run(world.directory.recent(30.0))
+    world.put(signed(ALICE, "0:9"))
+    world.clock += 30.0
+    assert asyncio.run(world.directory.recent(30.0)) is first
+    world.clock += 1.0
+    assert spans(asyncio.run(world.directory.recent(30.0))) == ["0:9"]
+
+
 def test_an_empty_swarm_misses_every_block() -> None:
     assert World().look().missing_blocks() == (BlockRange(0, 24),)
 

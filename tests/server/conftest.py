@@ -1,11 +1,14 @@
-"""A town that the tests of one file share; after each test nobody is owed anything."""
+"""A town that the tests of one file share; after each test nobody is owed anything. And a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from swarm.server.choice import ServerConfig
 from tests.server.stranger import Stranger, Talk, assert_same, expected_of, hidden_of
 from tests.server.town import Town
 
@@ -28,3 +31,25 @@ def town(shared: Town) -> Iterator[Town]:
     shared.swarm.on_loop(bystander.stream.cancel)
     shared.run(shared.honest())
     shared.swarm.assert_quiet()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of four blocks."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        vocab_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path) -> ServerConfig:
+    return ServerConfig(model=model, host="127.0.0.1", device="cpu")

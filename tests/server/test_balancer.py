@@ -38,6 +38,7 @@ class Server:
     claimed: BlockRange | None = None  # instead of these
     hub_is_down: bool = False
     arrives: SignedRecord | None = None  # while weights are fetched
+    rival: SignedRecord | None = None  # says the same at the same moment
 
     @property
     def holder(self) -> Holder:
@@ -52,6 +53,8 @@ class Server:
 
     async def claim(self, blocks: BlockRange) -> None:
         self.claimed, self.blocks = self.blocks, blocks
+        if self.rival is not None:
+            self.world.put(self.rival)
 
     async def stay(self) -> None:
         assert self.claimed is not None
@@ -115,16 +118,16 @@ def test_if_somebody_comes_first_nothing_was_given_up() -> None:
     world.server.arrives = signed(EVE, "12:24", state=ServerState.JOINING)
     assert not world.look()
     assert world.server.fetched == [BlockRange(12, 24)]
-    assert world.server.moves == []
-    assert world.server.blocks == BlockRange(0, 12)
+    assert world.server.claimed is None
 
 
 def test_of_two_that_would_move_at_the_same_moment_both_think_again() -> None:
-    """Alice was there before, and has claimed what we are about to claim."""
+    """Alice was there before, and claims what we claim."""
     world = World()
     world.leave()
-    world.server.arrives = signed(ALICE, "12:24", now=NOW + 1, state=ServerState.JOINING)
+    world.server.rival = signed(ALICE, "12:24", now=NOW + 1, state=ServerState.JOINING)
     assert not world.look()
+    assert world.server.claimed == BlockRange(0, 12)
     assert (world.server.moves, world.server.blocks) == ([], BlockRange(0, 12))
 
 

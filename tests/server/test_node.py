@@ -5,29 +5,23 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-import threading
 import time
-import weakref
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from swarm import AutoDistributedModelForCausalLM
 from swarm.certificates import check_certificate, fetch_certificate
 from swarm.client.network import SwarmNetwork
 from swarm.config import ServerLimits
-from swarm.dht.directory import Directory, SwarmView
-from swarm.dht.node import DhtNode
+from swarm.dht.directory import SwarmView
 from swarm.dht.records import ServerRecord, ServerState, sign_record
 from swarm.errors import ErrorCode, InvalidRecord, UsageError
 from swarm.identity import Identity
-from swarm.loop import WORK_THREAD, run
 from swarm.messages import PushTarget, Refused
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.spans import Span
@@ -35,40 +29,10 @@ from swarm.server import throughput
 from swarm.server.choice import ServerConfig, pick_dtype
 from swarm.server.door import Door
 from swarm.server.node import ServerNode
-from swarm.server.serving import Source
 from swarm.server.throughput import SHAPES
 from swarm.types import BlockRange, ModelId
 from swarm.wire import decode
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of four blocks."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        vocab_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def config(model: Path) -> ServerConfig:
-    return ServerConfig(model=model, host="127.0.0.1", device="cpu")
-
-
-def play(coroutine: Coroutine[Any, Any, None]) -> None:
-    async def within() -> None:
-        async with asyncio.timeout(60):
-            await coroutine
-
-    run(within())
+from tests.server.nodes import bystander, look, play
 
 
 async def refused(config: ServerConfig, sentence: str) -> None:
@@ -76,21 +40,6 @@ async def refused(config: ServerConfig, sentence: str) -> None:
         async with ServerNode.running(config):
             pytest.fail("it runs")
     assert "\n" not in str(caught.value)
-
-
-@asynccontextmanager
-async def bystander() -> AsyncGenerator[tuple[DhtNode, tuple[str, ...]]]:
-    """Somebody else's DHT node, and the peers to join by."""
-    node = await DhtNode.create(Identity.ephemeral())
-    try:
-        yield node, tuple(await node.visible_addresses())
-    finally:
-        await node.close()
-
-
-async def look(dht: DhtNode, server: ServerNode) -> SwarmView:
-    record = server.record
-    return await Directory(dht, record.model, record.num_blocks).refresh()
 
 
 def test_a_server_alone_serves_and_says_so(config: ServerConfig) -> None:
@@ -165,111 +114,6 @@ def test_servers_without_blocks_share_the_model_and_one_leaves(config: ServerCon
             assert [s.record.peer_id for s in view.servers] == [first.record.peer_id]
 
     play(scene())
-
-
-def test_a_spare_server_moves_to_where_one_left_and_is_the_same_server(
-    config: ServerConfig,
-) -> None:
-    """The session that was open on it goes on elsewhere, and comes out right."""
-    config = replace(config, limits=ServerLimits(balance_seconds=0.2, stop_timeout=0.3))
-    prompt = torch.tensor([[1, 2, 3]])
-    four = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    eight = four | {"max_new_tokens": 8, "min_new_tokens": 8}
-    expected = LlamaForCausalLM.from_pretrained(config.model).generate(prompt, **eight)  # type: ignore[arg-type]
-
-    async def scene() -> None:
-        async with bystander() as (dht, peers), AsyncExitStack() as stack:
-
-            async def add(**changes: Any) -> ServerNode:
-                return await stack.enter_async_context(
-                    ServerNode.running(replace(config, peers=peers, **changes))
-                )
-
-            ending = ServerNode.running(replace(config, blocks=BlockRange(2, 4), peers=peers))
-            async with ending:
-                await add(blocks=BlockRange(0, 2), throughput=1.0)
-                spare = await add(num_blocks=2, throughput=1e6)
-                before = spare.record
-                assert str(before.blocks) == "0:2"
-                model: Any = await asyncio.to_thread(
-                    AutoDistributedModelForCausalLM.from_pretrained, config.model, peers
-                )
-                session = model.inference_session(max_length=16)
-                await asyncio.to_thread(model.generate, prompt, session=session, **four)
-                assert session.hops[0].peer_id == before.peer_id
-                weights = weakref.ref(spare._serving._held.span)  # type: ignore[union-attr]
-            async with asyncio.timeout(20):
-                while (str(spare.blocks), spare.record.state) != ("2:4", ServerState.ONLINE):  # noqa: ASYNC110
-                    await asyncio.sleep(0.02)
-            got = await asyncio.to_thread(model.generate, None, session=session, **four)
-            assert got[0].tolist() == expected[0, -4:].tolist()
-            assert [str(hop.blocks) for hop in session.hops] == ["0:2", "2:4"]
-            assert session.hops[1].peer_id == before.peer_id
-            assert spare.record.port == before.port
-            assert weights() is None  # their memory is free
-            assert not (await look(dht, spare)).missing_blocks()
-            await asyncio.to_thread(session.close)
-            await asyncio.to_thread(SwarmNetwork.leave_all)
-
-    play(scene())
-
-
-@pytest.mark.parametrize("roomy", [True, False])
-def test_a_server_that_cannot_load_other_blocks_serves_its_own_again(
-    config: ServerConfig, monkeypatch: pytest.MonkeyPatch, roomy: bool
-) -> None:
-    load = Source.load
-
-    def only_ours(source: Source, blocks: BlockRange) -> Span:
-        if str(blocks) != "0:2":
-            raise UsageError("the disk is full")
-        return load(source, blocks)
-
-    async def scene() -> None:
-        limits = ServerLimits(kv_bytes=1 << 20)
-        async with ServerNode.running(replace(config, num_blocks=2, limits=limits)) as node:
-            monkeypatch.setattr(Source, "load", only_ours)
-            if not roomy:
-                monkeypatch.setattr(throughput, "free_bytes", lambda device: 0)
-            before = node._door.handler
-            await node.claim(BlockRange(2, 4))
-            with pytest.raises(UsageError, match="the disk is full"):
-                await node.move(BlockRange(2, 4))
-            assert (str(node.blocks), node.record.state) == ("0:2", ServerState.ONLINE)
-            assert node._door.handler is not None
-            assert (node._door.handler is before) == roomy
-            assert not node._door.handler.draining
-
-    play(scene())
-
-
-def test_it_leaves_politely_also_in_the_middle_of_a_move(
-    config: ServerConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load, loading, leaving = Source.load, threading.Event(), threading.Event()
-
-    def slow(source: Source, blocks: BlockRange) -> Span:
-        loading.set()
-        leaving.wait(20)
-        return load(source, blocks)
-
-    async def scene() -> None:
-        async with ServerNode.running(replace(config, blocks=BlockRange(0, 2))) as node:
-            await node._balancing  # to measure
-            monkeypatch.setattr(Source, "load", slow)
-            monkeypatch.setattr(throughput, "free_bytes", lambda device: 0)
-            await node.claim(BlockRange(2, 4))
-            node._balancing = asyncio.create_task(node.move(BlockRange(2, 4)))
-            await asyncio.to_thread(loading.wait, 20)
-            await node.drain()
-            assert node.record.state is ServerState.DRAINING
-            assert node._door.handler is None
-            leaving.set()
-
-    play(scene())
-    for thread in threading.enumerate():  # torch must not be in there when the process ends
-        if thread.name == WORK_THREAD:
-            thread.join()
 
 
 def test_without_a_model_it_serves_what_the_swarm_does(config: ServerConfig) -> None:
