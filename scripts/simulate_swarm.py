@@ -7,19 +7,23 @@ The table goes to stdout, progress to stderr. docs/scale.md explains the rows.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simulation.run import RULES, figures, simulate, table
+from simulation.kademlia import Traffic, traffic
+from simulation.run import RULES, curves, figures, simulate, table
 from simulation.world import Scenario, make_world
 
 EXAMPLES = """
 examples:
+  %(prog)s --dht                                       bytes per node in the DHT, by size
   %(prog)s --servers 100 --clients 100 --minutes 10    a first look, in seconds
   %(prog)s --rules ours,petals --json run.json --plot run.svg
   %(prog)s --servers 10000 --clients 1000 --minutes 20 --tick 5
@@ -32,6 +36,9 @@ counts.
 
 def main() -> None:
     arguments = _parse()
+    if arguments.dht:
+        print(_dht_table())
+        return
     scenario = Scenario(
         servers=arguments.servers,
         clients=arguments.clients,
@@ -40,25 +47,45 @@ def main() -> None:
         lifetime=60.0 * arguments.lifetime,
         tick=arguments.tick,
     )
+    about, done = dataclasses.asdict(scenario), dict[str, Any]()
+    for path in arguments.add:
+        done |= _read(path, about)
     world = make_world(scenario)
-    measures = {}
     try:
-        for name in arguments.rules:
-            measures[name] = simulate(world, RULES[name], _progress(name, scenario.end))
+        for name in (name for name in arguments.rules if name not in done):
+            measure = simulate(world, RULES[name], _progress(name, scenario.end))
+            done[name] = {"figures": figures(world, measure), "curves": curves(world, measure)}
             print(file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped: rules that were not simulated to the end are left out", file=sys.stderr)
-        if not measures:
+        if not done:
             raise SystemExit(130) from None
-    columns = {name: figures(world, measure) for name, measure in measures.items()}
-    print(table(columns))
+    print(table({name: run["figures"] for name, run in done.items()}))
     if arguments.json:
-        about = {"command": " ".join(sys.argv[1:]), "figures": columns}
-        arguments.json.write_text(json.dumps(about, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"scenario": about, "rules": done}) + "\n")
     if arguments.plot:
         from simulation.plot import draw  # needs matplotlib, which only developers have
 
-        draw(scenario, measures, arguments.plot)
+        title = f"{scenario.servers:,} servers, {scenario.clients:,} clients"
+        draw(title, {name: run["curves"] for name, run in done.items()}, arguments.plot)
+
+
+def _dht_table() -> str:
+    rows = [f"{'servers':>8}" + "".join(f"{name:>12}" for name in Traffic.__slots__)]
+    for servers in (10, 100, 1000, 10_000):
+        values = dataclasses.astuple(traffic(servers, 2 * servers, Scenario().num_blocks))
+        rows.append(f"{servers:>8,}" + "".join(f"{value:>12,.0f}" for value in values))
+    return "\n".join(rows)
+
+
+def _read(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+    try:
+        written = json.loads(path.read_text())
+        if written["scenario"] == about:
+            return written["rules"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SystemExit(f"{path} is not what --json writes: {error}") from error
+    raise SystemExit(f"{path} tells another history: give the same options as then")
 
 
 def _parse() -> argparse.Namespace:
@@ -76,6 +103,10 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="another history (default 0)")
     add("--tick", type=_positive, default=1, metavar="SECONDS",
         help="how often loads are worked out; 5 is coarse and quicker (default 1)")  # fmt: skip
+    add("--add", type=Path, action="append", default=[], metavar="FILE",
+        help="what --json wrote of other rules in the same history; repeatable")  # fmt: skip
+    add("--dht", action="store_true",
+        help="only this: bytes/s in the DHT per node, with 2 clients per server")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the figures there")
     add("--plot", type=Path, metavar="FILE", help="draw them there (.png or .svg)")
     return parser.parse_args()

@@ -19,7 +19,8 @@ from swarm.types import BlockRange
 
 MakeRules = Callable[[int, int, Callable[[int, int], float], Callable[[int, int], float]], Rules]
 _FIRST_TENDING = 10.0  # seconds in which those who are there already begin
-SNAPSHOT = 5.0  # seconds; clients' looks fall on these moments
+SNAPSHOT = 5.0  # seconds, at least; clients' looks fall on these moments
+_PER_SERVER = 0.001  # seconds: pictures of large swarms take long to make
 
 
 class Clock:
@@ -58,7 +59,8 @@ class Swarm:
         self.on_lost: Callable[[Server, bool], None] = lambda server, failed: None
         self._rng = random.Random(f"swarm {scenario.seed}")
         self._pictures: deque[tuple[float, object]] = deque()
-        self._keep = self.rules.look_period + 2 * SNAPSHOT
+        self._period = max(SNAPSHOT, _PER_SERVER * scenario.servers)
+        self._keep = self.rules.look_period + 2 * self._period
 
     def server_rtt(self, one: int, other: int) -> float:
         return rtt(self.world.machines[one].place, self.world.machines[other].place)
@@ -89,8 +91,8 @@ class Swarm:
         return self._pictures[0][1]
 
     def fresh_picture(self) -> object:
-        """For those who have reason to look again; at most one a second is taken."""
-        if self.clock.now - self._pictures[-1][0] > 1.0:
+        """For those who have reason to look again: a second old at most, in large swarms older."""
+        if self.clock.now - self._pictures[-1][0] > self._period - SNAPSHOT + 1.0:
             self._pictures.append((self.clock.now, self.rules.picture(self.clock.now)))
         return self._pictures[-1][1]
 
@@ -99,7 +101,7 @@ class Swarm:
         self._pictures.append((now, self.rules.picture(now)))
         while len(self._pictures) > 1 and self._pictures[1][0] <= now - self._keep:
             self._pictures.popleft()
-        self.clock.at(now + SNAPSHOT, self._look)
+        self.clock.at(now + self._period, self._look)
 
     def _join(self, server: Server) -> None:
         self.clock.at(server.machine.dies, lambda: self._leave(server))

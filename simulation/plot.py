@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -12,39 +11,24 @@ mpl.use("Agg")  # no screen is needed
 
 from matplotlib import pyplot as plt
 
-from simulation.measure import Measure
-from simulation.world import Scenario
+from simulation.run import Curves
 
 
-def draw(scenario: Scenario, measures: Mapping[str, Measure], path: Path) -> None:
+def draw(title: str, rules: Mapping[str, Curves], path: Path) -> None:
     """The suffix of `path` says in which format."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for name, measure in measures.items():
-        _throughput(left, name, measure)
-        _steps(middle, name, measure)
-        hours = [(move - scenario.warmup) / 3600 for move in measure.moves]
-        counted = sorted(hour for hour in hours if hour > 0)
-        moves = [(place + 1) / scenario.servers for place in range(len(counted))]
-        right.step([0, *counted], [0, *moves], where="post", label=name)
-    left.set(xlabel="hours", ylabel="throughput / bound", ylim=(0, 1.02))
-    middle.set(xscale="log", xlabel="seconds of a step", ylabel="share of steps that take longer")
-    middle.set(yscale="log", ylim=(1e-4, 1), xlim=(0.05, 100))
-    right.set(xlabel="hours", ylabel="moves per server, summed up")
+    mpl.rcParams["svg.hashsalt"] = "swarm"  # so that the same figures give the same file
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for name, curves in rules.items():
+        left.plot(*zip(*curves["throughput"], strict=True), label=name)
+        middle.plot(*zip(*curves["steps"], strict=True), label=name)
+        right.step(*zip(*curves["moves"], strict=True), where="post", label=name)
+    left.set(xlabel="minutes", ylabel="throughput / bound", ylim=(0, 1.02))
+    middle.set(xscale="log", yscale="log", xlim=(0.05, 100), ylim=(1e-4, 1))
+    middle.set(xlabel="seconds of a step", ylabel="share of steps that take longer")
+    right.set(xlabel="minutes", ylabel="moves per server, summed up")
     for axes in (left, middle, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.suptitle(f"{scenario.servers:,} servers, {scenario.clients:,} clients")
-    figure.savefig(path)
+    figure.suptitle(title)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
-
-
-def _throughput(axes: Any, name: str, measure: Measure) -> None:
-    begin = measure.begin
-    hours = [(audit.time - begin) / 3600 for audit in measure.audits]
-    axes.plot(hours, [audit.whole / audit.ready for audit in measure.audits], label=name)
-
-
-def _steps(axes: Any, name: str, measure: Measure) -> None:
-    histogram = measure.all_steps
-    total = max(histogram.counts.sum(), 1)
-    axes.plot(histogram.edges, 1 - histogram.counts.cumsum() / total, label=name)

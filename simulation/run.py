@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from simulation.engine import Clock, MakeRules, Swarm
 from simulation.measure import Measure
@@ -73,6 +73,27 @@ def figures(world: World, measure: Measure) -> dict[str, float]:
         / world.scenario.clients
         / seconds
         * 60,
+    }
+
+
+Curves = Mapping[str, Sequence[Sequence[float]]]
+"""By name, the points (x, y) of what is plotted."""
+
+
+def curves(world: World, measure: Measure) -> Curves:
+    begin, servers = world.scenario.warmup, world.scenario.servers
+    moves = sorted(move for move in measure.moves if move > begin)
+    counts = measure.all_steps.counts
+    longer = 1 - counts.cumsum() / max(counts.sum(), 1)
+    shown = [place for place in range(len(counts)) if 0 < longer[place] < 1]
+    return {
+        "throughput": [((a.time - begin) / 60, a.whole / a.ready) for a in measure.audits],
+        "steps": [(float(measure.all_steps.edges[place]), float(longer[place])) for place in shown],
+        "moves": [
+            (0.0, 0.0),
+            *(((when - begin) / 60, (n + 1) / servers) for n, when in enumerate(moves)),
+            ((world.scenario.end - begin) / 60, len(moves) / servers),
+        ],
     }
 
 

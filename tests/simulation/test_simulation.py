@@ -22,8 +22,8 @@ from swarm.dht.records import ServerState
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "simulate_swarm.py"
-# Servers live for ten minutes, so that much happens; half of them are gone at the end.
-ROUGH = Scenario(servers=30, clients=100, hours=0.2, seed=3, lifetime=600, warmup=60)
+# Servers live for four minutes, so that much happens: half of the first are gone at the end.
+ROUGH = Scenario(servers=25, clients=40, hours=0.1, seed=3, lifetime=240, warmup=60)
 
 
 def check_books(swarm: Swarm, sessions: Sessions) -> None:
@@ -64,7 +64,7 @@ def test_books_balance_and_nobody_is_served_by_the_dead(rules: str) -> None:
         sessions.tick(1.0)
         if clock.now % 10 == 0:
             check_books(swarm, sessions)
-    assert measure.counts["recoveries"] > 10
+    assert measure.counts["recoveries"] > 5
     # Every token was asked for, and every answer that ended is whole.
     asked = sum(
         turn.answer
@@ -123,9 +123,18 @@ def test_two_minutes_of_history_are_shared_by_all_rules(tmp_path: Path) -> None:
         check=True,
         timeout=100,
     )
-    columns = json.loads(written.read_text())["figures"]
+    runs = json.loads(written.read_text())["rules"]
+    columns = {name: run["figures"] for name, run in runs.items()}
     assert done.stdout.strip() == table(columns).strip()
     assert list(columns) == ["ours", "petals"]
+    again = subprocess.run(
+        [*command, "--add", str(written)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+    other = subprocess.run(
+        [*command, "--seed", "1", "--add", str(written)], capture_output=True, text=True
+    )
+    assert "another history" in other.stderr
     assert "minutes" in done.stderr
     assert drawn.read_text().startswith("<?xml")
 
@@ -143,8 +152,9 @@ def test_ctrl_c_ends_it_in_one_sentence() -> None:
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        while b"1 of" not in process.stderr.read(8):
-            pass
+        told = b""
+        while b" of " not in told:
+            told += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
         assert b"Traceback" not in process.stderr.read()
