@@ -14,6 +14,7 @@ from swarm.errors import ErrorCode
 from swarm.types import DTYPE_BYTES, Codec, DType, mxint8_bytes
 
 PROTOCOL_VERSION = 1
+HAND_OVER = "hand_over"  # the capability
 MAX_TOKENS = 1 << 20  # positions a session may have
 MAX_BATCH = 1 << 10
 MAX_BLOCKS = 1 << 12
@@ -204,6 +205,51 @@ class PushFailed(_Frozen):
     message: ShortText
 
 
+class Leaving(_Frozen):
+    """Server to client, who named `hand_over`: it will end soon; have it hand the session over."""
+
+    kind: Literal["leaving"] = "leaving"
+
+
+class HandOver(_Frozen):
+    """Client to server: give what the session holds to another server's empty session for the same
+    blocks. No step may be unanswered."""
+
+    kind: Literal["hand_over"] = "hand_over"
+    next: PushTarget
+
+
+class HandedOver(_Frozen):
+    """Server to client: that session has all `position` tokens now; None: it has not, and why."""
+
+    kind: Literal["handed_over"] = "handed_over"
+    position: Position | None
+    message: ShortText = ""
+
+
+class Inherit(_Frozen):
+    """Server to server, on a push stream: what a session of `length` tokens holds will follow.
+
+    `padding` is bool [B, length], True for real tokens; None: all are. When all has come, the
+    receiver says the same back, without padding.
+    """
+
+    kind: Literal["inherit"] = "inherit"
+    length: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    padding: TensorFrame | None = None
+
+
+class Heritage(_Frozen):
+    """Server to server, after `Inherit`: a layer's keys and values from position `start` on, each
+    [B, heads, T, head_dim]. The parts of a layer come in order, none is left out."""
+
+    kind: Literal["heritage"] = "heritage"
+    layer: Block
+    start: Position
+    keys: TensorFrame
+    values: TensorFrame
+
+
 class Close(_Frozen):
     """Client to server: free the session. Ending or cancelling the stream does the same."""
 
@@ -254,6 +300,11 @@ Message = (
     | Synced
     | Redirect
     | PushFailed
+    | Leaving
+    | HandOver
+    | HandedOver
+    | Inherit
+    | Heritage
     | Close
     | Attach
     | Refused

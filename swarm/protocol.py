@@ -14,6 +14,11 @@ from swarm.messages import (
     PROTOCOL_VERSION,
     Attach,
     Close,
+    HandedOver,
+    HandOver,
+    Heritage,
+    Inherit,
+    Leaving,
     Message,
     Open,
     Opened,
@@ -43,6 +48,7 @@ SESSION: Table = {
         Step: Phase.OPEN,
         Sync: Phase.OPEN,
         Redirect: Phase.OPEN,
+        HandOver: Phase.OPEN,
         Close: Phase.CLOSED,
     },
     Phase.CLOSED: {},
@@ -55,6 +61,8 @@ REPLIES: Table = {
         Output: Phase.OPEN,
         Synced: Phase.OPEN,
         PushFailed: Phase.OPEN,
+        Leaving: Phase.OPEN,
+        HandedOver: Phase.OPEN,
         Refused: Phase.CLOSED,
     },
     Phase.CLOSED: {},
@@ -63,10 +71,10 @@ REPLIES: Table = {
 
 PUSH: Table = {
     Phase.NEW: {Attach: Phase.OPEN},
-    Phase.OPEN: {Step: Phase.OPEN},
+    Phase.OPEN: {Step: Phase.OPEN, Inherit: Phase.OPEN, Heritage: Phase.OPEN},
     Phase.CLOSED: {},
 }
-"""Server to server, on a push stream; the only answer is a last Refused."""
+"""Server to server, on a push stream; the answers are Inherit, to heritage, and a last Refused."""
 
 INPUTS: Mapping[str, str] = {"position_ids": "int64", "padding": "bool"}
 """What may travel beside the hidden states, and its dtype; each is [B, T]."""
@@ -134,6 +142,10 @@ class Ledger:
                 ErrorCode.OUT_OF_ORDER, f"epoch {epoch} after epoch {self.epoch}"
             )
         self.epoch = epoch
+
+    def inherited(self, length: int) -> None:
+        """The cache, of which no step was known, now holds `length` tokens from elsewhere."""
+        self.position = length
 
     def admit(self, step: Step) -> Verdict:
         """Judge a step; nothing but the epoch changes until `applied` is called.

@@ -18,8 +18,13 @@ from swarm.messages import (
     Attach,
     Close,
     Credentials,
+    HandedOver,
+    HandOver,
+    Heritage,
     Info,
     InfoRequest,
+    Inherit,
+    Leaving,
     Load,
     Message,
     Open,
@@ -127,6 +132,13 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     Synced: st.builds(Synced, epoch=counts, position=positions, last_step=st.integers(-1, 1 << 31)),
     Redirect: st.builds(Redirect, next=st.none() | targets),
     PushFailed: st.builds(PushFailed, epoch=counts, step=counts, message=texts),
+    Leaving: st.builds(Leaving),
+    HandOver: st.builds(HandOver, next=targets),
+    HandedOver: st.builds(HandedOver, position=st.none() | positions, message=texts),
+    Inherit: st.builds(
+        Inherit, length=st.integers(1, messages.MAX_TOKENS), padding=st.none() | tensors()
+    ),
+    Heritage: st.builds(Heritage, layer=blocks, start=positions, keys=tensors(), values=tensors()),
     Close: st.builds(Close),
     Attach: st.builds(Attach, session_id=ids, ticket=ids),
     Refused: st.builds(

@@ -18,6 +18,10 @@ from swarm.errors import (
 )
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
+    HAND_OVER,
+    HandedOver,
+    HandOver,
+    Leaving,
     Message,
     Open,
     Opened,
@@ -60,6 +64,7 @@ class Listener(Protocol):
 
     def on_output(self, hop: Hop, output: Output) -> None: ...
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None: ...
+    def on_leaving(self, hop: Hop) -> None: ...
     def on_lost(self, hop: Hop) -> None: ...
 
 
@@ -91,6 +96,7 @@ class Hop:
         self._tasks: list[asyncio.Task[None]] = []
         self._synced: asyncio.Future[Synced] | None = None
         self._sync_epoch = 0
+        self._handed_over: asyncio.Future[HandedOver] | None = None
 
     def __str__(self) -> str:
         return f"{self.blocks} at {self.endpoint}"
@@ -158,6 +164,7 @@ class Hop:
             batch_size=terms.batch_size,
             max_length=terms.max_length,
             next=next_target,
+            capabilities=(HAND_OVER,),
             trace_id=terms.trace_id,
             credentials=access.sign_opening(transcript),
         )
@@ -183,6 +190,25 @@ class Hop:
             self.send(Redirect(next=target))
             await self._ask(epoch, timeout)
 
+    async def hand_over(self, target: PushTarget, timeout: float) -> None:
+        """Have it give what it holds to an empty session elsewhere; no step may be unanswered.
+
+        Raises SwarmError: that session cannot be used, but this one still may.
+        """
+        if self.failure is not None:
+            raise self.failure
+        self._handed_over = asyncio.get_running_loop().create_future()
+        self.send(HandOver(next=target))
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self._handed_over
+        except TimeoutError:
+            raise PeerUnavailable(f"{self.endpoint} handed nothing over in {timeout:g} s") from None
+        finally:
+            self._handed_over = None
+        if answer.position != self.position:
+            raise PeerUnavailable(f"{self.endpoint} handed nothing over: {answer.message}")
+
     async def _ask(self, epoch: int, timeout: float) -> None:
         if not self.alive:
             return
@@ -206,9 +232,10 @@ class Hop:
             self.failure = failure
         if self._stream is not None:
             self._stream.cancel()
-        if self._synced is not None and not self._synced.done():
-            self._synced.set_exception(failure)
-            self._synced.exception()  # whoever waits sees it; nobody has to
+        for asked in (self._synced, self._handed_over):
+            if asked is not None and not asked.done():
+                asked.set_exception(failure)
+                asked.exception()  # whoever waits sees it; nobody has to
 
     async def close(self) -> None:
         """Free the session; ends its tasks too."""
@@ -235,6 +262,11 @@ class Hop:
                         self._on_synced(synced)
                     case PushFailed() as message:
                         listener.on_push_failed(self, message)
+                    case Leaving():
+                        listener.on_leaving(self)
+                    case HandedOver() as answer:
+                        if self._handed_over is not None and not self._handed_over.done():
+                            self._handed_over.set_result(answer)
                     case Refused() as refused:
                         raise _refusal(refused)
                     case _:

@@ -210,7 +210,8 @@ class ModelRouter:
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)
         now = time.monotonic()
-        if isinstance(error, RemoteProtocolError) and error.code is ErrorCode.BUSY:
+        code = error.code if isinstance(error, RemoteProtocolError) else None
+        if code in (ErrorCode.BUSY, ErrorCode.DRAINING):  # it works, but not for us now
             self._book.busy(endpoint.peer_id, now, error.retry_after)
         else:
             self._book.failed(endpoint.peer_id, now, endpoint.certificate_digest)

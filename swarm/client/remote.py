@@ -104,6 +104,11 @@ class InferenceSession:
         """How often a hop was replaced."""
         return 0 if self._remote is None else self._remote.recoveries
 
+    @property
+    def moves(self) -> int:
+        """How often a server that left handed the session over, so that nothing was replayed."""
+        return 0 if self._remote is None else self._remote.moves
+
     def rollback(self, position: int) -> None:
         """Forget what came after `position`, servers and client alike. Raises UsageError."""
         if not 0 <= position <= self.position:

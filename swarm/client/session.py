@@ -64,8 +64,7 @@ class RemoteSession:
     ) -> None:
         self.blocks = blocks
         self.position = 0
-        self.recoveries = 0
-        self.moves = 0  # to a server that inherited all from one that left
+        self.recoveries = self.moves = 0  # a move: to a server that inherits from one that leaves
         self._terms = terms
         self._router = router
         self._config = config
@@ -81,9 +80,8 @@ class RemoteSession:
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
         self._trouble: str | None = "nothing is open yet"
         self._bell = Bell()
-        self._lock = asyncio.Lock()
+        self._lock, self._closed = asyncio.Lock(), False
         self._moves: set[asyncio.Task[None]] = set()
-        self._closed = False
 
     @property
     def hops(self) -> list[Hop]:
@@ -199,7 +197,7 @@ class RemoteSession:
                 if not whole:
                     await self._recover(give_up)
                     whole = True
-                    if not self._in_step(pending):
+                    if not pending.is_next_for(self.hops, self._borders(pending)):
                         await self._refill(pending)
                 if pending.answer.length < pending.end:
                     await self._flow(pending)
@@ -215,16 +213,6 @@ class RemoteSession:
                 elif clock() > give_up:
                     raise NoRoute(f"gave up after {patience:g} s: {error}") from None
         raise PeerUnavailable(f"gave up after too many recoveries: {self._trouble}")
-
-    def _in_step(self, pending: Pending) -> bool:
-        """All servers stand at the same place and know the same reorders: one flow serves all."""
-        first = self.hops[0]
-        return first.position >= pending.start and all(
-            hop.position == first.position
-            and pending.is_new_to(hop) == pending.is_new_to(first)
-            and border.length >= pending.start
-            for hop, border in zip(self.hops, self._borders(pending), strict=True)
-        )
 
     async def _flow(self, pending: Pending) -> None:
         """Send to the first hop; each hop pushes to the next, and the last one answers."""
@@ -357,8 +345,7 @@ class RemoteSession:
             self._interrupt(f"{hop} cannot push: {message.message}")
 
     def on_leaving(self, hop: Hop) -> None:
-        task = asyncio.create_task(self._move(hop))
-        self._moves.add(task)
+        self._moves.add(task := asyncio.create_task(self._move(hop)))
         task.add_done_callback(self._moves.discard)
 
     async def _move(self, leaving: Hop) -> None:

@@ -46,6 +46,16 @@ class Pending:
         """There is a reorder that the hop has not applied."""
         return self.reorder is not None and hop.last_step < self.first_number
 
+    def is_next_for(self, hops: Sequence[Hop], borders: Sequence[History]) -> bool:
+        """All servers stand at the same place and know the same reorders: one flow serves all."""
+        first = hops[0]
+        return first.position >= self.start and all(
+            hop.position == first.position
+            and self.is_new_to(hop) == self.is_new_to(first)
+            and border.length >= self.start
+            for hop, border in zip(hops, borders, strict=True)
+        )
+
     def keep(self, begin: int, end: int) -> int | None:
         """How much the last hop is to answer of a piece; None: all."""
         return max(0, end - self.wanted) if begin < self.wanted else None

@@ -221,6 +221,11 @@ class SpanCache(_Clocked):
         return self._rows
 
     @property
+    def padding(self) -> Tensor | None:
+        """Bool `[batch, length]`, False where there is padding; None: nowhere."""
+        return self._padding
+
+    @property
     def can_rewind(self) -> bool:
         """Whether `crop` can go back to any earlier length that windows still cover, not only to
         zero."""
@@ -245,6 +250,14 @@ class SpanCache(_Clocked):
             self.settle()
             raise
         self._room = self.length + tokens
+
+    def receive(self, length: int, kind: Kind, first: int) -> None:
+        """Make room for `length` tokens in one kind of layer, which arrive from elsewhere without
+        their first `first` pages. Raises OutOfPages."""
+        if not self.tables:
+            self._move_in()
+        self.tables[kind].first = first
+        self._store.grow(kind, self.tables[kind], first * PAGE, length)
 
     def _move_in(self) -> None:
         if self._released:

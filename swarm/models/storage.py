@@ -90,7 +90,7 @@ class KvStore:
         self.taken = 0  # bytes of slabs and states
         self._layers = layers
         self._states = states
-        self._dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, device
         numbers = sum(shape.numbers for shape in layers.values()) * dtype.itemsize
         # What one more token of one row in all blocks needs.
         self.token_bytes = max(1, numbers + sum(shape.per_token for shape in states.values()))
@@ -102,7 +102,7 @@ class KvStore:
 
     def page_bytes(self, kind: Kind) -> int:
         numbers = sum(self._layers[layer].numbers for layer in self.layers_of(kind))
-        return numbers * PAGE * self._dtype.itemsize
+        return numbers * PAGE * self.dtype.itemsize
 
     def session_bytes(self, blocks: BlockRange, rows: int, tokens: int) -> int:
         """What a session of so many tokens needs at most, but for a long step through a window."""
@@ -137,6 +137,14 @@ class KvStore:
             for layer, shape in self._layers.items()
             if _within(layer, kind.blocks) and shape.window == kind.window
         ]
+
+    def shapes(self, layer: int, rows: int, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the keys and the values of so many tokens in a layer that is kept in pages."""
+        shape = self._layers[layer]
+        return (
+            (rows, shape.key_heads, tokens, shape.key_dim),
+            (rows, shape.value_heads, tokens, shape.value_dim),
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -217,8 +225,8 @@ class KvStore:
         keys = (pages, shape.key_heads, PAGE, shape.key_dim)
         values = (pages, shape.value_heads, PAGE, shape.value_dim)
         return (
-            torch.empty(keys, dtype=self._dtype, device=self.device),
-            torch.empty(values, dtype=self._dtype, device=self.device),
+            torch.empty(keys, dtype=self.dtype, device=self.device),
+            torch.empty(values, dtype=self.dtype, device=self.device),
         )
 
     def _give_up_a_slab(self, but: _Shelf | None = None) -> bool:

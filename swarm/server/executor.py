@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from swarm.server.scheduler import Scheduler, Slice, Waiting
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Job = Callable[[], object]
 Finished = tuple[Work, RemoteProtocolError | None]
 
@@ -100,6 +102,33 @@ class Executor:
         Steps without pages are then tried again. On a server that is leaving it may never run.
         """
         self._inbox.put(lambda: self._between_passes(job))
+
+    async def call(self, job: Callable[[], T]) -> T:
+        """What `job` returns or raises, on the device thread between two passes.
+
+        On a server that is leaving it may never run: whoever waits needs a deadline.
+        """
+        assert self._loop is not None
+        loop, future = self._loop, self._loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():  # nobody waits any more
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def run() -> None:
+            result, failure = None, None
+            try:
+                result = job()
+            except Exception as error:  # it is the caller's, not the thread's
+                failure = error
+            loop.call_soon_threadsafe(settle, result, failure)
+
+        self._inbox.put(run)
+        return await future
 
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.

@@ -19,10 +19,13 @@ from swarm.errors import (
 )
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
+    HAND_OVER,
     Attach,
     Credentials,
+    Heritage,
     Info,
     InfoRequest,
+    Inherit,
     Load,
     Message,
     Open,
@@ -30,6 +33,7 @@ from swarm.messages import (
     Refused,
     Step,
 )
+from swarm.models.moving import can_move
 from swarm.models.spans import Span, SpanCache
 from swarm.protocol import PUSH, SESSION, Conversation, Ledger, agree_on_version
 from swarm.server.executor import Executor
@@ -77,7 +81,7 @@ class Handler:
         self._admission = Admission(span.store.budget, limits.kv_overcommit, limits.max_sessions)
         self._turns: dict[bytes, asyncio.Event] = {}  # of openings that wait
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
-        self._house = House(executor, limits, Holdings(limits.waiting_bytes), self.load)
+        self._house = House(executor, span.store, limits, Holdings(limits.waiting_bytes), self.load)
         self.draining = False
 
     def load(self) -> Load:
@@ -100,6 +104,15 @@ class Handler:
     @property
     def sessions(self) -> int:
         return len(self._sessions)
+
+    async def leave(self) -> None:
+        """Admit nobody any more, and tell clients, so that sessions can move."""
+        self.draining = True
+        sessions = [session for _, session in self._sessions.values()]
+        told = await asyncio.gather(*(s.leave() for s in sessions), return_exceptions=True)
+        for error in told:
+            if isinstance(error, BaseException) and not isinstance(error, RemoteProtocolError):
+                raise error
 
     async def session(self, stream: Stream) -> None:
         """A client's stream: Open, then steps until either side ends it."""
@@ -143,7 +156,8 @@ class Handler:
             del self._turns[session_id]
 
     async def push(self, stream: Stream) -> None:
-        """Another server's stream: Attach with a ticket, then steps for that session."""
+        """Another server's stream: Attach with a ticket, then steps for that session, or all that
+        it held elsewhere."""
         async with self._refusing(stream):
             conversation = Conversation(PUSH)
             attach = conversation.receive(await self._first(stream))
@@ -156,9 +170,14 @@ class Handler:
                 )
             session.attach(stream)
             while (frame := await stream.receive()) is not None:
-                step = conversation.receive(decode(frame))
-                assert isinstance(step, Step)
-                await session.accept_push(step)
+                match conversation.receive(decode(frame)):
+                    case Step() as step:
+                        await session.accept_push(step)
+                    case Inherit() | Heritage() as message:
+                        if (answer := await session.inherit(message)) is not None:
+                            await stream.send(encode(answer))
+                    case _:  # the table lets nothing else through
+                        raise AssertionError
 
     async def info(self, request: bytes) -> bytes:
         """Answers InfoRequest with Info or Refused."""
@@ -249,7 +268,13 @@ class Handler:
             window=limits.window,
             timeout=limits.send_timeout,
         )
-        guest = Guest(client, opening.priority, opening.codec, is_last=opening.next is None)
+        guest = Guest(
+            client,
+            opening.priority,
+            opening.codec,
+            is_last=opening.next is None,
+            moves=HAND_OVER in opening.capabilities and can_move(cache),
+        )
         return Session(guest, ledger, cache, pusher, self._house)
 
     def _cache(self, opening: Open) -> SpanCache:
@@ -264,6 +289,7 @@ class Handler:
     def _opened(self, opening: Open) -> Opened:
         return Opened(
             protocol=agree_on_version(opening),
+            capabilities=tuple(c for c in opening.capabilities if c == HAND_OVER),
             window=self._limits.window,
             max_step_tokens=self._limits.max_step_tokens,
             load=self.load(),

@@ -7,6 +7,10 @@ from collections.abc import Awaitable, Callable
 
 from swarm.errors import PeerUnavailable, RemoteProtocolError, SwarmError
 from swarm.messages import Attach, PushTarget, Refused, Step
+from swarm.models.spans import SpanCache
+from swarm.models.storage import KvStore
+from swarm.server.executor import Executor
+from swarm.server.heritage import give
 from swarm.transport import Endpoint, Stream, Transport
 from swarm.wire import decode, encode
 
@@ -61,6 +65,19 @@ class Pusher:
             return False
         self._last = (step.epoch, step.step)
         return stream.send_nowait(encode(step))
+
+    async def give(
+        self, target: PushTarget, cache: SpanCache, store: KvStore, executor: Executor
+    ) -> None:
+        """What a session holds, to an empty one elsewhere. Raises SwarmError."""
+        timeout = self._timeout
+        dial_timeout = min(timeout, _DIAL_SECONDS)
+        stream = await self._transport.open_stream(self._resolve(target), "push", dial_timeout)
+        try:
+            await self._send(stream, Attach(session_id=target.session_id, ticket=target.ticket))
+            await give(stream, cache, store, executor, timeout)
+        finally:
+            stream.cancel()
 
     async def run(self, report: Report) -> None:
         """Sends what is handed over. A failure is reported once; after it nothing is pushed

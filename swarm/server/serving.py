@@ -168,8 +168,8 @@ class Serving:
         if self._held is None:
             return
         handler = self._held.handler
-        handler.draining = True
         deadline = time.monotonic() + self._source.limits.stop_timeout
+        await handler.leave()
         # Looking is enough: this happens seldom, for seconds, and the handler need not know of it.
         while handler.sessions and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_LOOK_SECONDS)

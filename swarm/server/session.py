@@ -12,23 +12,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarm.config import ServerLimits
-from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
+from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError
 from swarm.messages import (
     Close,
+    HandedOver,
+    HandOver,
+    Heritage,
+    Inherit,
+    Leaving,
     Load,
     Message,
     Opened,
     Output,
     PushFailed,
+    PushTarget,
     Redirect,
     Step,
     Sync,
     Synced,
 )
 from swarm.models.spans import SpanCache
+from swarm.models.storage import KvStore
 from swarm.protocol import Conversation, Ledger, Verdict
 from swarm.server.backend import Work
 from swarm.server.executor import Executor
+from swarm.server.heritage import Estate
 from swarm.server.holdings import Holdings
 from swarm.server.pusher import Pusher, first_error
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
@@ -47,6 +55,8 @@ class Counters:
     pushes: int = 0
     push_failures: int = 0
     refusals: int = 0
+    handed_over: int = 0
+    inherited: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,7 @@ class Guest:
     priority: int
     codec: Codec
     is_last: bool  # nobody is to be pushed to: what is not for the client is for nobody
+    moves: bool = False  # it can have the session handed over
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,7 @@ class House:
     """What all sessions of a server share."""
 
     executor: Executor
+    store: KvStore
     limits: ServerLimits
     holdings: Holdings
     load: Callable[[], Load]
@@ -83,7 +95,7 @@ class Session:
         self._house = house
         self._limits = limits = house.limits
         self._counters = house.counters
-        self._inbox: asyncio.Queue[Step] = asyncio.Queue(2 * limits.window)
+        self._inbox: asyncio.Queue[Step | HandOver] = asyncio.Queue(2 * limits.window)
         self._outbox: asyncio.Queue[tuple[Message | RemoteProtocolError, int]] = asyncio.Queue(
             limits.window + 8
         )
@@ -91,6 +103,7 @@ class Session:
         self._held = 0  # bytes, of `house.holdings`
         self._kept: tuple[Step, float] | None = None  # as it was pushed, and its compute_ms
         self._pusher_here: Stream | None = None  # by which the hop before pushes
+        self._estate: Estate | None = None  # that another server is giving us
         self._clock = asyncio.get_running_loop().time
         self._last_sign = self._clock()  # of life
 
@@ -132,8 +145,37 @@ class Session:
         self._last_sign = self._clock()
         await self._accept(step)
 
+    async def leave(self) -> None:
+        """Tell a client who can have the session handed over that this server ends soon."""
+        if self._guest.moves:
+            await self._send(Leaving())
+
+    async def inherit(self, message: Inherit | Heritage) -> Inherit | None:
+        """Another server gives what it holds; the answer, once all is here.
+
+        Raises RemoteProtocolError.
+        """
+        self._last_sign = self._clock()
+        if isinstance(message, Inherit):
+            if self._ledger.position or self._ledger.last_step >= 0 or self._estate is not None:
+                raise RemoteProtocolError(
+                    ErrorCode.OUT_OF_ORDER, "only a session that is empty can inherit"
+                )
+            house = self._house
+            self._estate = Estate(message, self._cache, house.store, house.executor)
+            return None
+        if self._estate is None:
+            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "heritage without inherit")
+        if not await self._estate.add(message):
+            return None
+        self._ledger.inherited(self._estate.length)
+        self._counters.inherited += 1
+        return Inherit(length=self._estate.length)
+
     async def _accept(self, step: Step) -> None:
-        """Puts it behind the others. Raises RemoteProtocolError BUSY."""
+        """Puts it behind the others. Raises RemoteProtocolError BUSY, OUT_OF_ORDER."""
+        if self._estate is not None and not self._ledger.position:
+            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "a step before all was inherited")
         size = len(step.hidden.data)
         self._house.holdings.take(self._guest.client, size)
         self._held += size
@@ -169,6 +211,8 @@ class Session:
                     await self._accept(step)
                 case Redirect(next=target):
                     self._pusher.redirect(target)
+                case HandOver() as wish:
+                    await self._inbox.put(wish)
                 case _:  # the table lets nothing else through
                     raise AssertionError
 
@@ -183,7 +227,11 @@ class Session:
     async def _compute(self) -> None:
         try:
             while True:
-                await self._step(await self._inbox.get())
+                match await self._inbox.get():
+                    case Step() as step:
+                        await self._step(step)
+                    case HandOver(next=target):
+                        await self._send(await self._hand_over(target))
         except RemoteProtocolError as error:
             await self._send(error)
 
@@ -215,6 +263,19 @@ class Session:
             load=self._house.load(),
         )
         return await self._send(output, size)
+
+    async def _hand_over(self, target: PushTarget) -> HandedOver:
+        house, position = self._house, self._ledger.position
+        try:
+            if position:
+                await self._pusher.give(target, self._cache, house.store, house.executor)
+        except SwarmError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from error  # Python 3.11's groups forget it
+            return HandedOver(position=None, message=str(error)[:200])
+        self._counters.handed_over += 1
+        return HandedOver(position=position)
 
     async def _apply(self, step: Step) -> None:
         work = Work(
