@@ -155,6 +155,10 @@ def quick_imports() -> Generator[None]:
     # Read when torch loads its OpenMP. By default its threads wait for each other in busy loops:
     # with two of them, on two cores that others use too, a pass took five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How many compiled products oneDNN and what is between it and torch keep, of which each takes a
+    # third of a megabyte: passes have so many widths that the usual 1,024 cost 460 MB in time.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED)) if ours else None
     modules = cast(dict[str, ModuleType | None], sys.modules)
