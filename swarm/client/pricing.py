@@ -108,12 +108,19 @@ class Links:
         order = np.argsort(border, kind="stable")
         self.link, border = self.link[order], border[order]
         self.sources, self.targets = self.source[self.link], self.target[self.link]
-        self._firsts = np.searchsorted(self.source, np.arange(len(holders.ids) + 1))
+        everybody = np.arange(len(holders.ids) + 1)
+        self._firsts = np.searchsorted(self.source, everybody).tolist()
+        self._by_target = np.argsort(self.target, kind="stable")
+        self._firsts_to = np.searchsorted(self.target[self._by_target], everybody).tolist()
         self._bounds = {b: slice(*np.searchsorted(border, [b, b + 1])) for b in holders.borders}
 
     def leaving(self, source: int) -> slice:
         """The links that a server announces."""
         return slice(self._firsts[source], self._firsts[source + 1])
+
+    def leading_to(self, target: int) -> Places:
+        """The links that others announce to a server."""
+        return self._by_target[self._firsts_to[target] : self._firsts_to[target + 1]]
 
     def at(self, border: int) -> slice:
         """Which of `link`, `sources` and `targets` may be crossed at a border."""
@@ -263,6 +270,15 @@ class Prices:
         rtt = np.maximum(links.rtt, np.abs(here - there))
         known = self.rtt_known[links.source] & self.rtt_known[links.target]
         self.extra = np.where(known, request.steps * (rtt - here - there) / 2, np.inf)
+
+    def cover(self, blocks: BlockRange) -> bool:
+        """Whether each block is held by somebody usable."""
+        starts, ends = self.holders.start[self.usable], self.holders.end[self.usable]
+        depth = np.zeros(len(blocks) + 1, np.int64)
+        for places, change in ((starts, 1), (ends, -1)):
+            inside = np.clip(places - blocks.start, 0, len(blocks))
+            depth += change * np.bincount(inside, minlength=len(depth))
+        return bool((np.cumsum(depth)[:-1] > 0).all())
 
     def extra_between(self, source: int, target: int) -> float:
         """For coming from one server to another otherwise than by way of the client."""

@@ -85,9 +85,9 @@ def find_route(
     if not holders.servers:
         raise NoRoute(_explain([request.blocks], holders, request, book, now))
     prices = Prices(holders, request, book, now, tiebreak)
-    starts, ends = holders.start[prices.usable], holders.end[prices.usable]
-    missing = _gaps({*zip(starts.tolist(), ends.tolist(), strict=True)}, request.blocks)
-    if missing:
+    if not prices.cover(request.blocks):
+        starts, ends = holders.start[prices.usable], holders.end[prices.usable]
+        missing = _gaps(zip(starts.tolist(), ends.tolist(), strict=True), request.blocks)
         raise NoRoute(_explain(missing, holders, request, book, now))
     chain = cheapest(prices, request.blocks)
     return tuple(RouteHop(holders.servers[place], blocks) for place, blocks in chain)

@@ -65,10 +65,11 @@ class _Sweep:
         cost, links = self._cost, self._holders.links
         costs, before = fee + cost[best], np.full(self._count, best)
         leaving = links.leaving(best)
-        for target in links.target[leaving][self._worse[leaving]]:
-            if np.isfinite(fee[target]):  # the way that it was taken to have is not there
+        for target in links.target[leaving][self._worse[leaving]].tolist():
+            if fee[target] < np.inf:  # the way that it was taken to have is not there
                 others = cost.copy()
-                others[links.source[self._worse & (links.target == target)]] = np.inf
+                to_it = links.leading_to(target)
+                others[links.source[to_it][self._worse[to_it]]] = np.inf
                 before[target] = others.argmin()
                 costs[target] = others[before[target]] + fee[target]
         here = links.at(border)
