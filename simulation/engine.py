@@ -142,7 +142,7 @@ class Swarm:
         index, loads = server.index, self.loads
         server.pass_seconds = float(loads.seconds[index])
         server.delay = float(loads.delay_of(index))
-        server.waiting = float(loads.rate[index] * loads.wait_of(index))
+        server.queue = float(loads.rate[index]) * (loads.wait_of(index) + server.pass_seconds)
 
     def _plan_announcement(self, server: Server, wait: float) -> None:
         def again() -> None:

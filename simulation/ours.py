@@ -192,7 +192,7 @@ class OurRules:
             throughput=alone,
             batch_throughput=alone * _BATCH / (FIXED + _BATCH * ROW),
             next_rtts=neighbours.pack(self._rtts.get(server.index, {})),
-            queue=round(server.waiting),
+            queue=round(server.queue),
             free_tokens=server.free_tokens,
             announced_at=round(now * 1000),
             lifetime=LIFETIME,

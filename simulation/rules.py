@@ -25,7 +25,7 @@ class Server:
     generation: int = 0  # of its blocks; events of older ones mean nothing
     sessions: set[int] = field(default_factory=set[int])  # slots
     promised: int = 0  # positions x blocks
-    waiting: float = 0.0  # steps, at present
+    queue: float = 0.0  # steps that wait or are in the pass, at present
     pass_seconds: float = 0.0
     delay: float = 0.0  # seconds that a step spends here, with waiting and sending
 
