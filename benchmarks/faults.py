@@ -108,7 +108,7 @@ def measure(lab: Lab, swarm: LocalSwarm) -> None:
             kept = [100 * a / b for a, b in zip(rates[chance], rates[0.0], strict=True)]
             lab.note(f"steps/s kept, p = {chance:g}", "%", kept, target)
             lab.note("failures in it", "", failures[chance])
-            lab.note("longest step in it", "ms", pauses[chance])
+        lab.note("longest step in it", "ms", pauses[chance])
 
 
 def _generate(lab: Lab, model: Any, prompt: Any, tokens: int, watch: Stopwatch) -> bool:
