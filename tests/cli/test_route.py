@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from swarm import LocalSwarm
 from swarm.cli import main
 from swarm.cli.route import Outlook, _look_out
 from swarm.client.network import ModelRouter
@@ -85,3 +86,16 @@ def test_it_says_what_is_wrong(
 ) -> None:
     assert main(line.split()) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_real_swarm_is_measured_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with LocalSwarm(spans=["0:24"]) as swarm:
+        assert main(["route", "swarm-demo", "--json", "--peers", *swarm.peers]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert main(["route", "another", "--peers", *swarm.peers]) == 2
+        assert "no 'another'; it serves: swarm-demo" in capsys.readouterr().err
+    [hop] = found["route"]["hops"]
+    assert (hop["blocks"], hop["rtt_known"]) == ("0:24", True)
+    assert 0 < hop["rtt"] < 1
+    assert hop["address"] == swarm.servers[0].address
+    assert found["without"] == {hop["peer_id"]: None}
