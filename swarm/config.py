@@ -34,6 +34,9 @@ class ClientTimeouts:
     connect: float = 10.0  # dial, TLS and Open
     sync: float = 2.0  # an answer to Sync: who does not give it counts as dead
     step: float = 30.0  # one step through the whole route, before somebody counts as dead
+    least: float = (
+        0.25  # so much longer than usual a step takes before all are asked to answer Sync
+    )
     recovery: float = 60.0  # search for replacements, before generation fails
     refresh: float = 1.0  # shortest time between two looks into the DHT while blocks are missing
 

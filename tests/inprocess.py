@@ -32,7 +32,7 @@ from swarm.wire import decode
 
 NOW = 1_700_000_000.0
 MODEL = ModelId("tiny", hashlib.sha256(b"tiny").hexdigest())
-STEADY = ClientTimeouts(connect=20.0, sync=20.0, step=20.0, recovery=20.0, refresh=0.01)
+STEADY = ClientTimeouts(connect=20.0, sync=20.0, step=20.0, least=20.0, recovery=20.0, refresh=0.01)
 
 Fits = Callable[[str, str, str, Message], bool]
 """`fits(source, destination, method, message)`"""

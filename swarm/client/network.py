@@ -210,8 +210,8 @@ class ModelRouter:
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)
         now = time.monotonic()
-        code = error.code if isinstance(error, RemoteProtocolError) else None
-        if code in (ErrorCode.BUSY, ErrorCode.DRAINING):  # it works, but not for us now
+        innocent = (ErrorCode.BUSY, ErrorCode.DRAINING)  # it works, but not for us now
+        if isinstance(error, RemoteProtocolError) and error.code in innocent:
             self._book.busy(endpoint.peer_id, now, error.retry_after)
         else:
             self._book.failed(endpoint.peer_id, now, endpoint.certificate_digest)

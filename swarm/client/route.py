@@ -77,14 +77,17 @@ class Route:
         self._access = access
         self._timeouts = timeouts
 
-    async def mend(self, epoch: int, newborn: int, terms: Terms, listener: Listener) -> bool:
+    async def mend(
+        self, epoch: int, newborn: int, terms: Terms, listener: Listener, patience: float
+    ) -> bool:
         """Learn who lives and where they stand, replace the others, tell all whom to push to.
 
+        Who does not answer within `patience` seconds counts as dead.
         `newborn` is the number of the last step that new hops need not know of. Returns whether
         somebody had to be replaced. Raises NoRoute, Interrupted.
         """
         living = [hop for hop in self.hops if hop.alive]
-        await asyncio.gather(*(hop.sync(epoch, self._timeouts.sync) for hop in living))
+        await asyncio.gather(*(hop.sync(epoch, patience) for hop in living))
         lost = [hop for hop in self.hops if not hop.alive]
         for hop in lost:
             self._blame(hop)

@@ -22,10 +22,12 @@ from swarm.client.route import Interrupted, Route, Router, Silent
 from swarm.client.steps import (
     Bell,
     Cutter,
+    Patience,
     Pending,
     Sent,
     check_memory,
     check_step,
+    composed,
     problem_with,
     store,
 )
@@ -80,6 +82,7 @@ class RemoteSession:
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
         self._trouble: str | None = "nothing is open yet"
         self._bell = Bell()
+        self._patience = Patience(config.timeouts)
         self._lock, self._closed = asyncio.Lock(), False
         self._moves: set[asyncio.Task[None]] = set()
 
@@ -96,11 +99,7 @@ class RemoteSession:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """From the next step on, row i continues what row `rows[i]` was (beam search)."""
-        count = self._terms.batch_size
-        if len(rows) != count or not all(0 <= row < count for row in rows):
-            raise ValueError(f"reorder must name {count} of as many rows, not {list(rows)}")
-        before = self._reorder
-        self._reorder = tuple(rows) if before is None else tuple(before[row] for row in rows)
+        self._reorder = composed(self._reorder, rows, self._terms.batch_size)
 
     async def step(
         self,
@@ -145,8 +144,6 @@ class RemoteSession:
         async with self._lock:  # until that step has noticed
             await self._route.close()
 
-    # Steps -------------------------------------------------------------------------------------
-
     async def _begin(
         self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor], keep: int | None
     ) -> None:
@@ -190,7 +187,8 @@ class RemoteSession:
     async def _finish(self, pending: Pending) -> None:
         """Flow if all is well, else repair; give up only when blocks stay missing."""
         clock, patience = asyncio.get_running_loop().time, self._config.timeouts.recovery
-        disasters, give_up = 0, clock() + patience
+        disasters, begun, give_up, replaced = 0, clock(), clock() + patience, self.recoveries
+        self._patience.begin(pending)
         while disasters < _ATTEMPTS + len(self.hops):  # each may have to say: it cannot rewind
             whole = self._trouble is None
             try:
@@ -201,13 +199,16 @@ class RemoteSession:
                         await self._refill(pending)
                 if pending.answer.length < pending.end:
                     await self._flow(pending)
+                if self.recoveries == replaced:
+                    self._patience.learn(pending, clock() - begun)
                 return
             except Interrupted as error:
                 logger.info("session interrupted: %s", error)
                 self._trouble = str(error)
-                if isinstance(error, Silent):
+                if isinstance(error, Silent) and not self._patience.is_short:
                     owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
                     self._route.suspect(owing, self._flowing, error)
+                self._patience.ask()
                 if whole:  # another disaster, to be mended in a time of its own
                     disasters, give_up = disasters + 1, clock() + patience
                 elif clock() > give_up:
@@ -290,7 +291,7 @@ class RemoteSession:
             self._check_open()
             if self._trouble is not None:
                 raise Interrupted(self._trouble)
-            await self._bell.until(reached, self._config.timeouts.step)
+            await self._bell.until(reached, self._patience.silence)
 
     def _outgrow(self, end: int) -> None:
         """More positions than the servers reserved: open everything anew, larger, and replay."""
@@ -303,8 +304,6 @@ class RemoteSession:
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this inference session is closed; open a new one")
-
-    # What hops tell --------------------------------------------------------------------------
 
     def on_output(self, hop: Hop, output: Output) -> None:
         sent, pending, hops = self._sent.get(output.step), self._pending, self._route.hops
@@ -379,7 +378,9 @@ class RemoteSession:
             self._epoch += 1
             newborn = next(self._numbers)
             try:
-                self.recoveries += await self._route.mend(self._epoch, newborn, self._terms, self)
+                self.recoveries += await self._route.mend(
+                    self._epoch, newborn, self._terms, self, self._patience.sync
+                )
                 break
             except NoRoute as error:
                 self._check_open()

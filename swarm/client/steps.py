@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -15,7 +16,7 @@ from swarm.client.history import History
 from swarm.client.hop import Hop, Terms
 from swarm.client.pace import Flight, Leg, Pace, Piece
 from swarm.client.route import Silent
-from swarm.config import ClientConfig
+from swarm.config import ClientConfig, ClientTimeouts
 from swarm.errors import UsageError
 from swarm.messages import MAX_TOKENS, Output, Step, TensorFrame
 from swarm.protocol import INPUTS
@@ -25,6 +26,7 @@ from swarm.wire import MAX_FRAME_BYTES
 
 _INPUTS_BYTES = 64  # of positions and padding, per token
 _WORDS_BYTES = 1 << 14  # room in a frame for all the rest
+_RECENT_STEPS = 16
 
 
 @dataclass(slots=True)
@@ -88,13 +90,50 @@ class Sent:
         self.flight.arrived(hop, Piece(rows * tokens, size, output.compute_ms / 1e3, crowded), now)
 
 
+class Patience:
+    """How long to wait before somebody may be dead, learnt from the last steps of one position.
+
+    Two stages, as a frozen server says nothing, and one that is only busy answers `Sync` beside
+    its device: a step that takes `least` seconds longer than all of the last ones makes us ask, and
+    who does not answer soon is given up. What is not known yet is taken from the configuration.
+    """
+
+    def __init__(self, timeouts: ClientTimeouts) -> None:
+        self._timeouts = timeouts
+        self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self.silence, self.sync = timeouts.step, timeouts.sync
+
+    @property
+    def is_short(self) -> bool:
+        """Whether silence proves nothing yet."""
+        return self.silence < self._timeouts.step
+
+    def begin(self, pending: Pending) -> None:
+        timeouts = self._timeouts
+        self.silence, self.sync = timeouts.step, timeouts.sync
+        if len(self._recent) == _RECENT_STEPS:
+            longest = max(self._recent)
+            self.sync = min(self.sync, max(2 * timeouts.least, 1.5 * longest))
+            if pending.end == pending.start + 1:
+                self.silence = min(self.silence, longest + timeouts.least)
+
+    def ask(self) -> None:
+        """Somebody was asked: from now on silence must be long."""
+        self.silence = self._timeouts.step
+
+    def learn(self, pending: Pending, seconds: float) -> None:
+        """A step was done, and nobody had to be replaced for it."""
+        if pending.end == pending.start + 1:
+            self._recent.append(seconds)
+
+
 class Bell:
     """Wakes the one task that waits for what hops say; a decode step sets no timer of its own."""
 
     def __init__(self) -> None:
         self._reached: Callable[[], bool] = bool
         self._waiter: asyncio.Future[None] | None = None
-        self._rung = 0.0
+        self._rung = self._silence = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
     async def until(self, reached: Callable[[], bool], silence: float) -> None:
@@ -103,8 +142,12 @@ class Bell:
         loop = asyncio.get_running_loop()
         self._reached, self._rung = reached, loop.time()
         self._waiter = waiter = loop.create_future()
+        if self._timer is not None and silence < self._silence:
+            self._timer.cancel()
+            self._timer = None
+        self._silence = silence
         if self._timer is None:
-            self._timer = loop.call_later(silence, self._listen, loop, silence)
+            self._timer = loop.call_later(silence, self._listen, loop)
         try:
             await waiter
         finally:
@@ -123,15 +166,24 @@ class Bell:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _listen(self, loop: asyncio.AbstractEventLoop, silence: float) -> None:
+    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._waiter is None or self._waiter.done():
             return
-        left = self._rung + silence - loop.time()
+        left = self._rung + self._silence - loop.time()
         if left > 0:
-            self._timer = loop.call_later(left, self._listen, loop, silence)
+            self._timer = loop.call_later(left, self._listen, loop)
         else:
-            self._waiter.set_exception(Silent(f"nothing came for {silence:g} s"))
+            self._waiter.set_exception(Silent(f"nothing came for {self._silence:.3g} s"))
+
+
+def composed(
+    before: tuple[int, ...] | None, rows: Sequence[int], count: int
+) -> tuple[int, ...]:
+    """One reorder after another. Raises ValueError if `rows` are not `count` of as many."""
+    if len(rows) != count or not all(0 <= row < count for row in rows):
+        raise ValueError(f"reorder must name {count} of as many rows, not {list(rows)}")
+    return tuple(rows) if before is None else tuple(before[row] for row in rows)
 
 
 def check_step(

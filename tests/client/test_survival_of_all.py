@@ -222,3 +222,22 @@ def test_it_goes_on_by_itself_when_a_server_comes_back() -> None:
         twin.step()
         returning.result(1)
         twin.step()
+
+
+@pytest.mark.parametrize("hop", range(3))
+def test_a_frozen_server_is_found_by_what_steps_usually_take(hop: int) -> None:
+    """Long before the 20 s that the configuration allows; and one that is only slow is kept."""
+    timeouts = replace(STEADY, least=0.25)
+    with House() as house, house.twin(timeouts=timeouts) as twin:
+        twin.step(5)
+        for _ in range(16):
+            twin.step()
+        frozen = twin.serving(hop)
+        house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
+        begin = time.monotonic()
+        twin.step()
+        assert time.monotonic() - begin < 10
+        assert twin.session.recoveries == 1
+        assert twin.serving(hop) is not frozen
+        house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
+        twin.step(3)
