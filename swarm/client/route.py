@@ -22,6 +22,7 @@ from swarm.messages import PushTarget
 from swarm.transport import Endpoint, Transport
 from swarm.types import BlockRange
 
+_CANDIDATES = 4  # to take over from a server that leaves
 # Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
 _INNOCENT = {ErrorCode.CANNOT_REWIND, ErrorCode.GAP}
 
@@ -110,18 +111,20 @@ class Route:
         """Another server for all blocks of a hop, opened and empty; None if none alone has them."""
         why = RemoteProtocolError(ErrorCode.DRAINING, "it is leaving")
         self._router.failed(leaving.endpoint, why)
-        try:
-            (server, blocks), *more = self._router.route(leaving.blocks, terms)
-        except NoRoute:
-            return None
-        if more:
-            return None
-        hop = Hop(server, blocks, terms)
-        await self._open(hop, leaving.pushes_to, 0, listener)
-        if not hop.alive:
+        for _ in range(_CANDIDATES):
+            try:
+                (server, blocks), *more = self._router.route(leaving.blocks, terms)
+            except NoRoute:  # somebody may have come to take its place
+                await self._router.refresh()
+                continue
+            if more:
+                return None
+            hop = Hop(server, blocks, terms)
+            await self._open(hop, leaving.pushes_to, 0, listener)
+            if hop.alive:
+                return hop
             self._blame(hop)
-            return None
-        return hop
+        return None
 
     async def replace(self, leaving: Hop, hop: Hop, epoch: int) -> None:
         """`leaving` gives `hop`, which is prepared, what it holds, and `hop` takes its place.
