@@ -1,4 +1,4 @@
-"""The rules that Petals publishes, for comparison: written from their description.
+"""The rules that Petals publishes, for comparison: written anew from papers and constants.
 
 Placement (https://arxiv.org/abs/2312.08361, appendix D): the window of blocks whose sorted
 throughputs are lexicographically least; a server moves if all servers' greedy moves together would

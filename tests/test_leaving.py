@@ -50,7 +50,7 @@ def test_no_token_is_computed_twice_when_servers_leave() -> None:
                 None, initial_peers=swarm.peers
             )
             with model.inference_session(max_length=128) as session:
-                stopping: list[Future[None]] = []
+                stopping: list[Future[int]] = []
 
                 def stop() -> None:
                     stopping.append(pool.submit(swarm.stop, last_of(swarm, session)))
