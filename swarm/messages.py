@@ -213,10 +213,11 @@ class Leaving(_Frozen):
 
 class HandOver(_Frozen):
     """Client to server: give what the session holds to another server's empty session for the same
-    blocks. No step may be unanswered."""
+    blocks. No step may be unanswered, unless it is only to `prepare`, which is to dial there."""
 
     kind: Literal["hand_over"] = "hand_over"
     next: PushTarget
+    prepare: bool = False
 
 
 class HandedOver(_Frozen):

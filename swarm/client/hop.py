@@ -82,6 +82,7 @@ class Hop:
         self.failure: SwarmError | None = None
         self.window = 1
         self.max_step_tokens = 1
+        self.hands_over = False  # it knows these messages
         self.endpoint = endpoint_of(record)
         self.target = PushTarget(
             record=server.data, session_id=secrets.token_bytes(16), ticket=secrets.token_bytes(16)
@@ -137,6 +138,7 @@ class Hop:
         self.rtt = asyncio.get_running_loop().time() - asked
         self.window = min(message.window, _MAX_WINDOW)
         self.max_step_tokens = message.max_step_tokens
+        self.hands_over = HAND_OVER in message.capabilities
         self.pushes_to = next_target
         self._tasks = [
             asyncio.create_task(self._read(stream, conversation, listener)),

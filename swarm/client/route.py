@@ -18,7 +18,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.identity import Access
-from swarm.messages import PushTarget
+from swarm.messages import HandOver, PushTarget
 from swarm.transport import Endpoint, Transport
 from swarm.types import BlockRange
 
@@ -122,6 +122,10 @@ class Route:
             hop = Hop(server, blocks, terms)
             await self._open(hop, leaving.pushes_to, 0, listener)
             if hop.alive:
+                before = next((h for h in self.hops if h.blocks.end == leaving.blocks.start), None)
+                for pusher in (leaving, before):
+                    if pusher is not None and pusher.hands_over:
+                        pusher.send(HandOver(next=hop.target, prepare=True))
                 return hop
             self._blame(hop)
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from swarm.errors import PeerUnavailable, RemoteProtocolError, SwarmError
@@ -13,6 +14,8 @@ from swarm.server.executor import Executor
 from swarm.server.heritage import give
 from swarm.transport import Endpoint, Stream, Transport
 from swarm.wire import decode, encode
+
+logger = logging.getLogger(__name__)
 
 Resolve = Callable[[PushTarget], Endpoint]
 """Where a push target listens, by its checked record. Raises InvalidRecord."""
@@ -65,6 +68,18 @@ class Pusher:
             return False
         self._last = (step.epoch, step.step)
         return stream.send_nowait(encode(step))
+
+    async def prepare(self, target: PushTarget) -> None:
+        """Dial, since links stay; whoever cannot will find out when it matters."""
+        try:
+            timeout = min(self._timeout, _DIAL_SECONDS)
+            stream = await self._transport.open_stream(self._resolve(target), "push", timeout)
+            stream.cancel()
+        except SwarmError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from error  # Python 3.11's groups forget it
+            logger.info("cannot be reached: %s", str(error))
 
     async def give(
         self, target: PushTarget, cache: SpanCache, store: KvStore, executor: Executor

@@ -103,6 +103,7 @@ class Session:
         self._held = 0  # bytes, of `house.holdings`
         self._kept: tuple[Step, float] | None = None  # as it was pushed, and its compute_ms
         self._pusher_here: Stream | None = None  # by which the hop before pushes
+        self._preparing: asyncio.Task[None] | None = None  # to hand over
         self._estate: Estate | None = None  # that another server is giving us
         self._clock = asyncio.get_running_loop().time
         self._last_sign = self._clock()  # of life
@@ -120,11 +121,11 @@ class Session:
                     tasks.create_task(self._watch()),
                 ]
                 try:
-                    await self._read(stream, conversation)
+                    await self._read(stream, conversation, tasks)
                 except RemoteProtocolError as error:
                     await self._send(error)
                     await answering
-                for task in working:
+                for task in [*working, *([self._preparing] if self._preparing else [])]:
                     task.cancel()
         except BaseExceptionGroup as group:
             raise first_error(group) from None
@@ -194,7 +195,9 @@ class Session:
         self._held += count
         self._house.holdings.give(self._guest.client, -count)
 
-    async def _read(self, stream: Stream, conversation: Conversation) -> None:
+    async def _read(
+        self, stream: Stream, conversation: Conversation, tasks: asyncio.TaskGroup
+    ) -> None:
         while (frame := await stream.receive()) is not None:
             self._last_sign = self._clock()
             match conversation.receive(decode(frame)):
@@ -211,6 +214,9 @@ class Session:
                     await self._accept(step)
                 case Redirect(next=target):
                     self._pusher.redirect(target)
+                case HandOver(next=target, prepare=True):
+                    if self._preparing is None or self._preparing.done():
+                        self._preparing = tasks.create_task(self._pusher.prepare(target))
                 case HandOver() as wish:
                     await self._inbox.put(wish)
                 case _:  # the table lets nothing else through
