@@ -94,7 +94,13 @@ class ModelRouter:
 
         Raises NoRoute, which names the blocks that are missing.
         """
-        hops = self.choose(self._request(blocks, terms, prompt))
+        request = self._request(blocks, terms, prompt)
+        try:
+            hops = self.choose(request)
+        except NoRoute:
+            if not self._book.forgive(time.monotonic()):
+                raise
+            hops = self.choose(request)
         return [(hop.server, hop.blocks) for hop in hops]
 
     def choose(self, request: Request, *, by_lot: bool = True) -> Sequence[RouteHop]:

@@ -35,6 +35,7 @@ class Peer:
     failures: int = 0
     banned_until: float = float("-inf")
     failed_with: bytes = b""  # the certificate that it had then
+    forgiven: bool = False  # once, since it last worked
 
     def decode_seconds(self, now: float) -> float | None:
         """One decode step through one block, smoothed; None if it was not observed of late."""
@@ -79,7 +80,7 @@ class PeerBook:
         hop before it (or after the step was sent), of which its RTT at most was not its own.
         """
         peer = self._touch(peer_id)
-        peer.failures = 0
+        peer.failures, peer.forgiven = 0, False
         peer.banned_until = float("-inf")
         if blocks and 0 < tokens <= _DECODE_TOKENS:
             if peer.rtt is not None:
@@ -112,6 +113,20 @@ class PeerBook:
     def banned(self, now: float) -> frozenset[str]:
         """Who must not be asked at present."""
         return frozenset(name for name, peer in self._peers.items() if now < peer.banned_until)
+
+    def forgive(self, now: float) -> bool:
+        """Nobody else is left: lift bans of those that worked and then failed just once, as when a
+        connection broke. Whether there were any; each has this chance once."""
+        lifted = [
+            peer
+            for peer in self._peers.values()
+            if now < peer.banned_until
+            and peer.worked_at > float("-inf")
+            and (peer.failures, peer.forgiven) == (1, False)
+        ]
+        for peer in lifted:
+            peer.banned_until, peer.forgiven = float("-inf"), True
+        return bool(lifted)
 
     def banned_until(self, peer_id: str) -> float:
         peer = self._peers.get(peer_id)

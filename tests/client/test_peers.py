@@ -35,6 +35,23 @@ def test_work_forgives_everything() -> None:
     assert peers.banned(1.3) == frozenset()
 
 
+def test_who_failed_once_has_another_chance_if_nobody_else_is_left() -> None:
+    known = book()
+    for name, failures in (("once", 1), ("twice", 2)):
+        known.worked(name, 1, 0.1, 1, now=0.0)
+        for _ in range(failures):
+            known.failed(name, 0.0)
+    known.busy("busy", 0.0, 5.0)
+    known.failed("never worked", 0.0)
+    assert known.forgive(0.1)
+    assert known.banned(0.1) == {"twice", "busy", "never worked"}
+    known.busy("once", 0.2, 5.0)
+    assert not known.forgive(0.3), "or two peers would be asked in turn for ever"
+    known.worked("once", 1, 0.1)
+    known.failed("once", 0.4)
+    assert known.forgive(0.5)
+
+
 def test_a_peer_that_was_started_anew_is_tried_at_once() -> None:
     peers = book()
     peers.failed("a", 0.0, b"old certificate")
