@@ -208,7 +208,7 @@ class RemoteSession:
                 if isinstance(error, Silent) and not self._patience.is_short:
                     owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
                     self._route.suspect(owing, self._flowing, error)
-                self._patience.ask()
+                self._patience.ask(silent=isinstance(error, Silent))
                 if whole:  # another disaster, to be mended in a time of its own
                     disasters, give_up = disasters + 1, clock() + patience
                 elif clock() > give_up:
@@ -379,7 +379,7 @@ class RemoteSession:
             newborn = next(self._numbers)
             try:
                 self.recoveries += await self._route.mend(
-                    self._epoch, newborn, self._terms, self, self._patience.sync
+                    self._epoch, newborn, self._terms, self, self._patience.sync()
                 )
                 break
             except NoRoute as error:

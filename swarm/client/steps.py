@@ -101,7 +101,8 @@ class Patience:
     def __init__(self, timeouts: ClientTimeouts) -> None:
         self._timeouts = timeouts
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self.silence, self.sync = timeouts.step, timeouts.sync
+        self.silence = timeouts.step
+        self._asks_soon = False
 
     @property
     def is_short(self) -> bool:
@@ -109,17 +110,23 @@ class Patience:
         return self.silence < self._timeouts.step
 
     def begin(self, pending: Pending) -> None:
-        timeouts = self._timeouts
-        self.silence, self.sync = timeouts.step, timeouts.sync
-        if len(self._recent) == _RECENT_STEPS:
-            longest = max(self._recent)
-            self.sync = min(self.sync, max(2 * timeouts.least, 1.5 * longest))
-            if pending.end == pending.start + 1:
-                self.silence = min(self.silence, longest + timeouts.least)
-
-    def ask(self) -> None:
-        """Somebody was asked: from now on silence must be long."""
         self.silence = self._timeouts.step
+        if len(self._recent) == _RECENT_STEPS and pending.end == pending.start + 1:
+            self.silence = min(self.silence, max(self._recent) + self._timeouts.least)
+
+    def ask(self, *, silent: bool) -> None:
+        """All are about to be asked; `silent`: as nothing came. From now on silence must be long."""
+        self._asks_soon = silent and self.is_short
+        self.silence = self._timeouts.step
+
+    def sync(self) -> float:
+        """How long `Sync` may take. Short only once, if we ask because somebody is silent: while
+        replacements are looked for, or start beside us, those who live may be slow."""
+        timeouts, soon = self._timeouts, self._asks_soon
+        self._asks_soon = False
+        if not soon:
+            return timeouts.sync
+        return min(timeouts.sync, max(2 * timeouts.least, 1.5 * max(self._recent)))
 
     def learn(self, pending: Pending, seconds: float) -> None:
         """A step was done, and nobody had to be replaced for it."""
