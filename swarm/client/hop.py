@@ -15,6 +15,7 @@ from swarm.errors import (
     RemoteProtocolError,
     SessionClosed,
     SwarmError,
+    afresh,
 )
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
@@ -198,7 +199,7 @@ class Hop:
         Raises SwarmError: that session cannot be used, but this one still may.
         """
         if self.failure is not None:
-            raise self.failure
+            raise afresh(self.failure)
         self._handed_over = asyncio.get_running_loop().create_future()
         self.send(HandOver(next=target))
         try:

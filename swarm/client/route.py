@@ -141,7 +141,8 @@ class Route:
         await hop.redirect(leaving.pushes_to, epoch, self._timeouts.sync)
         await hop.sync(epoch, self._timeouts.sync)
         if not hop.alive or hop.position != leaving.position:
-            raise hop.failure or PeerUnavailable(f"{hop} did not inherit everything")
+            why = f": {hop.failure}" if hop.failure else ""
+            raise PeerUnavailable(f"{hop} did not inherit everything{why}")
         at = self.hops.index(leaving)
         self.hops[at] = hop
         if at:

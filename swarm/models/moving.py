@@ -102,8 +102,9 @@ class Arrival:
     def finish(self, padding: Tensor | None) -> None:
         """All has come; `padding` is bool `[rows, length]`, True for real tokens."""
         cache = self._cache
-        if padding is not None and padding.shape != (cache.batch_size, self._length):
-            raise _bad(f"padding is {list(padding.shape)}")
+        shape = (cache.batch_size, self._length)
+        if padding is not None and (padding.shape, padding.dtype) != (shape, torch.bool):
+            raise _bad(f"padding is {padding.dtype}{list(padding.shape)}")
         mask = None if padding is None else padding.to(self._store.device)
         cache.commit(self._length, mask)
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from statistics import median
 from typing import TypeVar
 
@@ -108,27 +109,17 @@ class Executor:
 
         On a server that is leaving it may never run: whoever waits needs a deadline.
         """
-        assert self._loop is not None
-        loop, future = self._loop, self._loop.create_future()
-
-        def settle(result: T | None, error: BaseException | None) -> None:
-            if future.done():  # nobody waits any more
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+        future: Future[T] = Future()
 
         def run() -> None:
-            result, failure = None, None
-            try:
-                result = job()
-            except Exception as error:  # it is the caller's, not the thread's
-                failure = error
-            loop.call_soon_threadsafe(settle, result, failure)
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except Exception as error:  # it is the caller's, not the thread's
+                    future.set_exception(error)
 
         self._inbox.put(run)
-        return await future
+        return await asyncio.wrap_future(future)
 
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.

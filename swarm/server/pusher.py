@@ -76,9 +76,7 @@ class Pusher:
             stream = await self._transport.open_stream(self._resolve(target), "push", timeout)
             stream.cancel()
         except SwarmError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise asyncio.CancelledError from error  # Python 3.11's groups forget it
+            heed_cancelling(error)
             logger.info("cannot be reached: %s", str(error))
 
     async def give(
@@ -104,9 +102,7 @@ class Pusher:
                     target, step = await self._push_to(target, step)
                     continue
                 except SwarmError as error:
-                    task = asyncio.current_task()
-                    if task is not None and task.cancelling():
-                        raise asyncio.CancelledError from error  # Python 3.11's groups forget it
+                    heed_cancelling(error)
                     if target is self._target:
                         self._target = None
                         await report(*self._last, str(error))
@@ -151,6 +147,14 @@ class Pusher:
         if isinstance(message, Refused):
             raise PeerUnavailable(f"refused: {message.message} [{message.code}]")
         raise PeerUnavailable("the next hop ended the stream")
+
+
+def heed_cancelling(error: SwarmError) -> None:
+    """Before an error out of a task group is caught: Python 3.11's groups forget that their task is
+    being cancelled. Raises CancelledError."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from error
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -38,7 +38,7 @@ from swarm.server.backend import Work
 from swarm.server.executor import Executor
 from swarm.server.heritage import Estate
 from swarm.server.holdings import Holdings
-from swarm.server.pusher import Pusher, first_error
+from swarm.server.pusher import Pusher, first_error, heed_cancelling
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
 from swarm.transport import Stream
 from swarm.types import Codec
@@ -276,9 +276,7 @@ class Session:
             if position:
                 await self._pusher.give(target, self._cache, house.store, house.executor)
         except SwarmError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise asyncio.CancelledError from error  # Python 3.11's groups forget it
+            heed_cancelling(error)
             return HandedOver(position=None, message=str(error)[:200])
         self._counters.handed_over += 1
         return HandedOver(position=position)
