@@ -29,7 +29,7 @@ HOUSES = (
 # Rooms from the bottom up; a file may import its own room and every room of a lower floor.
 FLOORS = {"kernel": 0, "dht": 1, "client": 2, "server": 2, "apps": 3, "tests": 4}
 # The commands and what they start, and the facade for `from swarm import ...`.
-APPS = re.compile(r"swarm/(__init__|__main__|local|web|(cli|api|monitor)(/.*)?)\.py")
+APPS = re.compile(r"swarm/(__init__|__main__|local|web|listening|(cli|api|monitor)(/.*)?)\.py")
 
 DOORS = {
     "grpc": "swarm/rpc.py",
