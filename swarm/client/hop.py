@@ -76,6 +76,7 @@ class Hop:
         record = server.record
         self.blocks = blocks
         self.peer_id = record.peer_id
+        self.name = record.public_name  # chosen by a stranger
         self.position = 0  # what the server's cache is known to hold
         self.last_step = -1  # the last step it is known to have applied
         self.rtt: float | None = None  # seconds from Open to Opened

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from swarm.client.decoding import Decoder, Take
 from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
 from swarm.client.sampling import Text, Token
-from swarm.client.streams import TokenStream
+from swarm.client.streams import Journey, TokenStream
 from swarm.client.turns import finish, resume
 from swarm.errors import UsageError
 from swarm.loop import BackgroundLoop, in_thread
@@ -59,8 +59,10 @@ class PlainMixin:
         """
         session = session if session is not None else active_session()
 
-        def decode(take: Callable[[Token], None]) -> Coroutine[Any, Any, list[int]]:
-            return self._decode(inputs, session, seed, kwargs, logprobs, take)
+        def decode(
+            journey: Journey, take: Callable[[Token], None]
+        ) -> Coroutine[Any, Any, list[int]]:
+            return self._decode(inputs, session, seed, kwargs, logprobs, take, journey)
 
         return TokenStream(self._loop, decode)
 
@@ -126,8 +128,10 @@ class PlainMixin:
         kwargs: dict[str, Any],
         logprobs: int | None = None,
         take: Callable[[Token], None] | None = None,
+        journey: Journey | None = None,
     ) -> list[int]:
         """The new ids. For the background loop."""
+        journey = journey or Journey()
         if session is not None:
             inputs, mask, _ = resume(session, inputs, kwargs.pop("attention_mask", None))
             kwargs = kwargs | {"attention_mask": mask}
@@ -137,11 +141,12 @@ class PlainMixin:
         given, length = len(text.ids), max(1, text.max_length - 1)
         if session is not None:
             session.max_length = max(session.max_length, length)
-            await decoder.decode(session.remote(1), text, take)
+            journey.remote = session.remote(1)
+            await decoder.decode(journey.remote, text, take)
             finish(session, text.row(), kwargs["attention_mask"])
         else:
             blocks = self.remote_blocks
-            remote = blocks.connection.open(blocks.blocks, 1, length)
+            journey.remote = remote = blocks.connection.open(blocks.blocks, 1, length)
             try:
                 await decoder.decode(remote, text, take)
             finally:

@@ -5,17 +5,29 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+from swarm.client.hop import Hop
 from swarm.client.sampling import Token
+from swarm.client.session import RemoteSession
 from swarm.errors import SessionClosed
 from swarm.loop import BackgroundLoop
 
-Decode = Callable[[Callable[[Token], None]], Coroutine[Any, Any, Any]]
-"""Decodes a text on the background loop, and calls what it is given with every token."""
+
+@dataclass(slots=True)
+class Journey:
+    """The session that a text goes through, once it is there."""
+
+    remote: RemoteSession | None = None
+
+
+Decode = Callable[[Journey, Callable[[Token], None]], Coroutine[Any, Any, Any]]
+"""Decodes a text on the background loop, says over what, and calls what it is given with every
+token."""
 
 
 class TokenStream:
@@ -31,6 +43,22 @@ class TokenStream:
         self._decode = decode
         self._running: Future[Any] | None = None
         self._inbox: _Inbox | None = None
+        self._journey = Journey()
+
+    @property
+    def hops(self) -> Sequence[Hop]:
+        """The route as it is now; a hop whose `failure` is not None is about to be replaced."""
+        return [] if self._journey.remote is None else list(self._journey.remote.hops)
+
+    @property
+    def recoveries(self) -> int:
+        """How often a hop was replaced."""
+        return 0 if self._journey.remote is None else self._journey.remote.recoveries
+
+    @property
+    def moves(self) -> int:
+        """How often a server that left handed the text over, so that nothing was replayed."""
+        return 0 if self._journey.remote is None else self._journey.remote.moves
 
     def __aiter__(self) -> TokenStream:
         return self
@@ -57,7 +85,8 @@ class TokenStream:
         loop = asyncio.get_running_loop()
         inbox = _Inbox()  # the work must not keep us alive: who drops a stream cancels it
         mail = _mails.setdefault(loop, _Mail(loop))
-        self._running = self._background.start(self._decode(lambda token: mail.send(inbox, token)))
+        work = self._decode(self._journey, lambda token: mail.send(inbox, token))
+        self._running = self._background.start(work)
 
         def ended(running: Future[Any]) -> None:
             with suppress(RuntimeError):  # the consumer's loop is closed
