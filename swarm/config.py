@@ -19,6 +19,9 @@ class ServerLimits:
     window: int = 8  # unanswered steps per session
     waiting_bytes: int = 1 << 28  # of steps that wait or are answered, over all sessions
     pass_tokens: int = 512  # rows x positions in one pass of the device
+    training_bytes: int = 1 << 29  # of batches that are trained with, over all clients; 0: none are
+    training_wait: float = 20.0  # seconds for which such a batch waits for memory
+    graph_bytes: int = 1 << 30  # of what is kept on the device to go back through blocks
     open_timeout: float = 10.0  # seconds in which a stream must say what it wants
     idle_timeout: float = 1800.0  # seconds without a step before a session is closed
     send_timeout: float = 30.0  # seconds a client or next hop may leave its stream unread

@@ -29,6 +29,7 @@ Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Position = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
 ShortText = Annotated[str, Field(max_length=200)]
+TraceParent = Annotated[str, Field(max_length=55, pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-01)?$")]
 Record = Annotated[bytes, Field(min_length=1, max_length=1024)]
 Rows = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...],
@@ -140,7 +141,8 @@ class Step(_Frozen):
     allow-listed name (`position_ids` int64, `padding` bool with True for real tokens).
     Before computing: crop the cache to `crop_to`, then let row i continue row `reorder[i]`.
     `push` allows the output to travel on to the next hop; `quiet` spares the client its copy.
-    The last hop, whose session has no next one, answers with the last `keep` positions (None: all).
+    The last hop, and one that is not to `push`, answer with the last `keep` positions (None: all).
+    `trace` is the client's span, if somebody traces this step: a W3C `traceparent` that is sampled.
     """
 
     kind: Literal["step"] = "step"
@@ -154,13 +156,14 @@ class Step(_Frozen):
     push: bool = True
     quiet: bool = False
     keep: Position | None = None
+    trace: TraceParent = ""
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 60_000
 
 
 class Output(_Frozen):
     """Server to client: what a step became, [B, T, H]; a copy if it was also `pushed` onwards.
 
-    After a `quiet` step `hidden` is [B, 0, H], from the last hop [B, keep, H] if fewer are wanted.
+    After a `quiet` step `hidden` is [B, 0, H]; [B, keep, H] if fewer positions are wanted.
     """
 
     kind: Literal["output"] = "output"
@@ -275,6 +278,66 @@ class Refused(_Frozen):
     retry_after: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] | None = None
 
 
+class TensorSpec(_Frozen):
+    """What a tensor will be that follows in pieces."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "int64", "bool"]
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+class Train(_Frozen):
+    """Client to server, first on a session stream: run a batch through blocks `[start, end)`, or
+    (`backward`) gradients back through them. After `opened` all `tensors` follow in pieces; then
+    the answer comes in pieces, and `trained`. Nothing outlives the stream.
+
+    `hidden` is [B, T, H], `gradient` (of what `hidden` becomes) likewise, `position_ids` and
+    `padding` as in a step, `prompts` [end - start, P, H]: added to the first P positions of what
+    enters each block.
+    """
+
+    kind: Literal["train"] = "train"
+    protocol_min: Count = PROTOCOL_VERSION
+    protocol_max: Count = PROTOCOL_VERSION
+    capabilities: Annotated[
+        tuple[ShortText, ...], BeforeValidator(_tuple), Field(max_length=32)
+    ] = ()
+    model: ShortText
+    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
+    dtype: DType
+    quantization: ShortText = "none"
+    codec: Codec = "none"  # of what the server sends
+    session_id: Id
+    start: Block
+    end: Block
+    backward: bool = False
+    tensors: Annotated[dict[ShortText, TensorSpec], Field(max_length=8)]
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 600_000
+    trace_id: Annotated[str, Field(max_length=64)] = ""
+    credentials: Credentials
+
+
+class Piece(_Frozen):
+    """Either way: rows `[start, start + n)` of a tensor taken as [rows, last dimension]. The pieces
+    of a tensor come in order, none is left out."""
+
+    kind: Literal["piece"] = "piece"
+    name: ShortText
+    start: Count
+    rows: TensorFrame
+
+
+class Trained(_Frozen):
+    """Server to client: that was the whole answer."""
+
+    kind: Literal["trained"] = "trained"
+    compute_ms: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] = 0.0
+    load: Load = Load()
+
+
 class InfoRequest(_Frozen):
     """Anybody (in a private swarm: a member) asks a server about itself."""
 
@@ -309,6 +372,9 @@ Message = (
     | Close
     | Attach
     | Refused
+    | Train
+    | Piece
+    | Trained
     | InfoRequest
     | Info
 )

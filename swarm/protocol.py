@@ -23,12 +23,15 @@ from swarm.messages import (
     Open,
     Opened,
     Output,
+    Piece,
     PushFailed,
     Redirect,
     Refused,
     Step,
     Sync,
     Synced,
+    Train,
+    Trained,
 )
 
 
@@ -76,6 +79,20 @@ PUSH: Table = {
 }
 """Server to server, on a push stream; the answers are Inherit, to heritage, and a last Refused."""
 
+TRAINING: Table = {
+    Phase.NEW: {Train: Phase.OPEN},
+    Phase.OPEN: {Piece: Phase.OPEN, Close: Phase.CLOSED},
+    Phase.CLOSED: {},
+}
+"""Client to server, on a session stream that begins with Train."""
+
+TRAINED: Table = {
+    Phase.NEW: {Opened: Phase.OPEN, Refused: Phase.CLOSED},
+    Phase.OPEN: {Piece: Phase.OPEN, Trained: Phase.CLOSED, Refused: Phase.CLOSED},
+    Phase.CLOSED: {},
+}
+"""Server to client, there."""
+
 INPUTS: Mapping[str, str] = {"position_ids": "int64", "padding": "bool"}
 """What may travel beside the hidden states, and its dtype; each is [B, T]."""
 
@@ -101,7 +118,7 @@ class Conversation:
         return message
 
 
-def agree_on_version(message: Open) -> int:
+def agree_on_version(message: Open | Train) -> int:
     """The highest version both ends speak. Raises RemoteProtocolError BAD_VERSION."""
     if not message.protocol_min <= PROTOCOL_VERSION <= message.protocol_max:
         raise RemoteProtocolError(

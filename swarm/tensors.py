@@ -56,11 +56,16 @@ def from_frame(frame: TensorFrame) -> torch.Tensor:
 def inputs_from_frames(frames: Mapping[str, TensorFrame]) -> dict[str, torch.Tensor]:
     """What travels beside the hidden states. Raises RemoteProtocolError BAD_TENSOR."""
     tensors = {name: from_frame(frame) for name, frame in frames.items()}
-    positions = tensors.get("position_ids")
-    if positions is not None and positions.numel():
+    if "position_ids" in tensors:
+        check_positions(tensors["position_ids"])
+    return tensors
+
+
+def check_positions(positions: torch.Tensor) -> None:
+    """Raises RemoteProtocolError BAD_TENSOR for positions that no text has."""
+    if positions.numel():
         low, high = torch.aminmax(positions)
         if low < 0 or high >= MAX_TOKENS:
             raise RemoteProtocolError(
                 ErrorCode.BAD_TENSOR, f"position_ids lie outside 0..{MAX_TOKENS - 1}"
             )
-    return tensors

@@ -26,6 +26,7 @@ from swarm.messages import (
     Open,
     Opened,
     Output,
+    Piece,
     PushFailed,
     PushTarget,
     Redirect,
@@ -34,11 +35,15 @@ from swarm.messages import (
     Sync,
     Synced,
     TensorFrame,
+    Train,
+    Trained,
 )
 from swarm.protocol import (
     PUSH,
     REPLIES,
     SESSION,
+    TRAINED,
+    TRAINING,
     Conversation,
     Ledger,
     Phase,
@@ -100,6 +105,18 @@ MESSAGES: list[Message] = [
     Close(),
     Attach(session_id=b"s" * 16, ticket=b"t" * 16),
     Refused(code=ErrorCode.BUSY, message=""),
+    Train(
+        model="m",
+        fingerprint="0" * 64,
+        dtype="float32",
+        session_id=b"s" * 16,
+        start=0,
+        end=1,
+        tensors={},
+        credentials=Credentials(public_key=b"", signature=b""),
+    ),
+    Piece(name="hidden", start=0, rows=tensor(1, 1)),
+    Trained(),
     InfoRequest(nonce=b"n" * 16, credentials=Credentials(public_key=b"", signature=b"")),
     Info(record=b"r", load=Load()),
 ]
@@ -115,7 +132,11 @@ def paths_to(table: Table) -> dict[Phase, list[type[Message]]]:
     return paths
 
 
-@pytest.mark.parametrize("table", [SESSION, REPLIES, PUSH], ids=["session", "replies", "push"])
+@pytest.mark.parametrize(
+    "table",
+    [SESSION, REPLIES, PUSH, TRAINING, TRAINED],
+    ids=["session", "replies", "push", "training", "trained"],
+)
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.kind)
 def test_every_message_in_every_phase(table: Table, message: Message) -> None:
     samples = {type(sample): sample for sample in MESSAGES}

@@ -70,6 +70,8 @@ def test_the_table_of_states_is_the_code_s() -> None:
         "session, client to server": protocol.SESSION,
         "session, server to client": protocol.REPLIES,
         "push, server to server": protocol.PUSH,
+        "training, client to server": protocol.TRAINING,
+        "training, server to client": protocol.TRAINED,
     }
     actual = {
         (direction, phase.value, cls.model_fields["kind"].default, after.value)

@@ -30,6 +30,7 @@ from swarm.messages import (
     Open,
     Opened,
     Output,
+    Piece,
     PushFailed,
     PushTarget,
     Redirect,
@@ -38,6 +39,9 @@ from swarm.messages import (
     Sync,
     Synced,
     TensorFrame,
+    TensorSpec,
+    Train,
+    Trained,
 )
 from swarm.types import DTYPE_BYTES, mxint8_bytes
 from swarm.wire import MAX_FRAME_BYTES, decode, encode, pack, unpack
@@ -63,6 +67,10 @@ def tensors(draw: st.DrawFn) -> TensorFrame:
     size = mxint8_bytes(shape) if codec == "mxint8" else math.prod(shape) * DTYPE_BYTES[dtype]
     data = draw(st.binary(min_size=size, max_size=size))
     return TensorFrame(dtype=dtype, shape=shape, data=data, codec=codec)
+
+
+def spec(tensor: TensorFrame) -> TensorSpec:
+    return TensorSpec(dtype=tensor.dtype, shape=tensor.shape)
 
 
 targets = st.builds(PushTarget, record=records, session_id=ids, ticket=ids)
@@ -116,6 +124,7 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         push=st.booleans(),
         quiet=st.booleans(),
         keep=st.none() | positions,
+        trace=st.just("") | st.from_regex(r"\A00-[0-9a-f]{32}-[0-9a-f]{16}-01\Z"),
         deadline_ms=st.integers(1, 86_400_000),
     ),
     Output: st.builds(
@@ -148,6 +157,27 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         position=st.none() | positions,
         retry_after=st.none() | st.floats(0, 3600),
     ),
+    Train: st.builds(
+        Train,
+        protocol_min=counts,
+        protocol_max=counts,
+        capabilities=words,
+        model=texts,
+        fingerprint=codes,
+        dtype=dtypes,
+        quantization=texts,
+        codec=codecs,
+        session_id=ids,
+        start=blocks,
+        end=blocks,
+        backward=st.booleans(),
+        tensors=st.dictionaries(texts, tensors().map(spec), max_size=8),
+        deadline_ms=st.integers(1, 86_400_000),
+        trace_id=st.text(max_size=64),
+        credentials=credentials,
+    ),
+    Piece: st.builds(Piece, name=texts, start=counts, rows=tensors()),
+    Trained: st.builds(Trained, compute_ms=durations, load=loads),
     InfoRequest: st.builds(InfoRequest, nonce=ids, credentials=credentials),
     Info: st.builds(
         Info,
@@ -270,6 +300,8 @@ def test_what_is_not_a_count_is_refused(message: Message, field: str, value: obj
         {"reorder": [messages.MAX_BATCH]},
         {"crop_to": -1},
         {"push": 1},
+        {"trace": "00-" + "a" * 32 + "-" + "b" * 16 + "-00"},
+        {"trace": "x" * 10_000},
         {"kind": "opened"},
         {"kind": "unheard of"},
         {"kind": None},

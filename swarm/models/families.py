@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -97,3 +97,15 @@ def depends_on_pass(config: PreTrainedConfig) -> bool:
 def caches_latents(config: PreTrainedConfig) -> bool:
     """Whether attention caches a compressed form and expands it on every use (DeepSeek's MLA)."""
     return getattr(config, "kv_lora_rank", None) is not None
+
+
+def reset_ropes(stack: nn.Module) -> None:
+    """Undo what dynamic NTK kept from earlier passes, which may have been somebody else's."""
+    for module in stack.modules():
+        if not hasattr(module, "original_max_seq_len"):
+            continue
+        for name, value in list(vars(module).items()) + list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                setattr(module, name.replace("original_", ""), value.clone())
+            elif name.endswith("max_seq_len_cached"):
+                setattr(module, name, cast(Any, module).original_max_seq_len)

@@ -31,6 +31,19 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+class _Multiplication(torch.autograd.Function):
+    """For gradients of `x`, which oneDNN's own product does not know of; weights are frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer(x)  # where nothing is recorded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] @ ctx.layer.weight, None
+
+
 class PackedLinear(nn.Module):
     """An `nn.Linear` on the CPU whose weights lie as oneDNN likes them."""
 
@@ -47,6 +60,8 @@ class PackedLinear(nn.Module):
         return self._packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Multiplication.apply(x, self))
         if x.numel() > self.in_features or not self._large:
             return _multiply(x, self._packed, self.bias)
         few = x.reshape(1, -1).repeat(_FEW, 1)

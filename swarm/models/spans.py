@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from swarm.models.families import (
     caches_latents,
     depends_on_pass,
     find_stack,
+    reset_ropes,
     sliced_config,
     text_config,
 )
@@ -123,8 +124,9 @@ class _View:
 
     def run(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         vars(self.entry)["hidden"] = hidden  # a module's own way to set attributes is slow
+        kwargs = {"use_cache": True, "return_dict": True} | kwargs
         try:
-            return self.stack(inputs_embeds=hidden, use_cache=True, return_dict=True, **kwargs)[0]
+            return self.stack(inputs_embeds=hidden, **kwargs)[0]
         finally:
             vars(self.entry)["hidden"] = None
 
@@ -166,13 +168,14 @@ class Span:
         self.dtype, self.device = first.dtype, first.device
         self.hidden_size: int = self.config.hidden_size
         self._plan = plan_layers(self.config)
-        self._views: dict[BlockRange, _View] = {}
+        self._views: dict[tuple[BlockRange, str], _View] = {}  # by the attention, too
         self._accepted = frozenset(inspect.signature(self._stack.forward).parameters)
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
         quicken(self._stack, self._try_out)
         self.store = self._make_store()
+        self.own_attention: str = cast(Any, self.config)._attn_implementation
         if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED
 
@@ -205,6 +208,22 @@ class Span:
             max_length=max_length,
             store=self.store,
         )
+
+    def weights(self) -> Iterable[Tensor]:
+        return self._stack.parameters()
+
+    def run_freely(self, block: int, hidden: Tensor, **inputs: Tensor | None) -> Tensor:
+        """`[B, T, H]` through one block, with the model's own attention and without a cache, so
+        that gradients can pass. `inputs`: the stack's `attention_mask` and `position_ids`."""
+        if self.takes_whole_steps:
+            reset_ropes(self._stack)
+        config = cast(Any, self.config)
+        attention, config._attn_implementation = config._attn_implementation, self.own_attention
+        try:
+            given = {name: value for name, value in inputs.items() if name in self._accepted}
+            return self._view(BlockRange(block, block + 1)).run(hidden, use_cache=False, **given)
+        finally:
+            config._attn_implementation = attention
 
     @torch.inference_mode()
     def run(self, steps: Sequence[SpanStep]) -> list[Tensor]:
@@ -264,7 +283,7 @@ class Span:
         cache.make_room(tokens)
         mask = cache.whole_mask(step.padding, tokens)
         if self.takes_whole_steps:
-            _reset_ropes(self._stack)
+            reset_ropes(self._stack)
         seen = mask
         if mask is not None and self._cache_argument == "cache_params":
             seen = mask[:, cache.length :]  # Mamba multiplies the new tokens by their mask
@@ -318,9 +337,10 @@ class Span:
         return list(zip(segments, outputs, strict=True))
 
     def _view(self, blocks: BlockRange) -> _View:
-        if blocks not in self._views:
-            self._views[blocks] = _View(self._stack, self._list_name, blocks)
-        return self._views[blocks]
+        key = blocks, cast(Any, self.config)._attn_implementation
+        if key not in self._views:
+            self._views[key] = _View(self._stack, self._list_name, blocks)
+        return self._views[key]
 
 
 def _pieces(spans: set[BlockRange]) -> list[BlockRange]:
@@ -374,15 +394,3 @@ def _packed_positions(steps: list[SpanStep], device: torch.device) -> Tensor:
         else:
             parts.append(step.position_ids.flatten(-2))
     return torch.cat(parts, dim=-1).unsqueeze(-2)
-
-
-def _reset_ropes(stack: nn.Module) -> None:
-    """Undo what dynamic NTK kept from earlier passes, which may have been somebody else's."""
-    for module in stack.modules():
-        if not hasattr(module, "original_max_seq_len"):
-            continue
-        for name, value in list(vars(module).items()) + list(module.named_buffers(recurse=False)):
-            if name.endswith("original_inv_freq"):
-                setattr(module, name.replace("original_", ""), value.clone())
-            elif name.endswith("max_seq_len_cached"):
-                setattr(module, name, cast(Any, module).original_max_seq_len)

@@ -8,25 +8,29 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from swarm.errors import ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.server.backend import Backend, Work
+from swarm.server.meters import Meters
 from swarm.server.scheduler import Scheduler, Slice, Waiting
+from swarm.server.training_turns import Job, Turns
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Job = Callable[[], object]
+Width = Callable[[], int]
+Chore = Callable[[], object]
 Finished = tuple[Work, RemoteProtocolError | None]
 
 _RETRY_SECONDS = 0.05  # between two looks for pages, if nobody says that some came free
 _REFUSAL_SECONDS = 0.5  # between two refusals, for what the first one gives back
+_TRAINING_PASSES = 4  # full passes that training may take at a time while nobody decodes
 _RETRY_AFTER = 1.0  # seconds after which a client whose step found no page may come again
 
 
@@ -36,18 +40,28 @@ class Executor:
     A step that finds no page is parked until others give pages back, `page_timeout` seconds long.
     """
 
-    def __init__(self, backend: Backend, pass_tokens: int, page_timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        pass_tokens: int,
+        page_timeout: float = 5.0,
+        meters: Meters | None = None,
+    ) -> None:
         self.backend = backend
+        self.meters = meters or Meters()
         self._step_ms: deque[float] = deque(maxlen=32)
         self._median_step_ms: float | None = 0.0  # None: not known yet
         self._scheduler = Scheduler(pass_tokens)
         self._page_timeout = page_timeout
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Chore | None] = queue.SimpleQueue()
         self._works: dict[int, Work] = {}
         self._parked: dict[int, int] = {}  # tokens done, of works that wait for pages
         self._without_pages: dict[int, float] = {}  # since when, also while they try again
         self._next_try = self._next_refusal = 0.0
         self._futures: dict[int, asyncio.Future[Work]] = {}
+        self._turns = Turns()  # of training
+        self._trainings: set[asyncio.Future[Any]] = set()
+        self._training_tokens = _TRAINING_PASSES * pass_tokens
         self._arriving: list[Work] = []  # in this round of the loop
         self._next_key = 0
         self._stopping = False
@@ -66,7 +80,7 @@ class Executor:
         self._stopping = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        for future in self._futures.values():
+        for future in (*self._futures.values(), *self._trainings):
             if not future.done():
                 future.set_exception(_leaving())
 
@@ -97,7 +111,7 @@ class Executor:
         self._next_key += 1
         return self._next_key
 
-    def run_soon(self, job: Job) -> None:
+    def run_soon(self, job: Chore) -> None:
         """Have `job` run on the device thread between two passes: a cache can be given back there.
 
         Steps without pages are then tried again. On a server that is leaving it may never run.
@@ -120,6 +134,35 @@ class Executor:
 
         self._inbox.put(run)
         return await asyncio.wrap_future(future)
+
+    async def train(self, client: str, make: Callable[[Width], Generator[bool, None, T]]) -> T:
+        """Wait for the end of a training job, whose units run when no session needs the device.
+
+        It is told by `Width` how many tokens to compute at a time. Raises RemoteProtocolError.
+        """
+        if self._stopping:
+            raise _leaving()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(end: object) -> None:
+            if isinstance(end, RemoteProtocolError) and not future.done():
+                future.set_exception(end)
+            elif not future.done():
+                future.set_result(end)
+
+        def done(end: object) -> None:
+            loop.call_soon_threadsafe(settle, end)
+
+        job = Job(client, make(self._width), done)
+
+        self._trainings.add(future)
+        self._inbox.put(lambda: self._turns.add(job))
+        try:
+            return await future
+        finally:
+            self._trainings.discard(future)
+            self._inbox.put(lambda: self._turns.drop(job))
 
     async def submit(self, work: Work) -> Work:
         """Wait for a step's result. Cancelling the wait drops the step if it has not begun.
@@ -180,7 +223,7 @@ class Executor:
         self._parked.pop(key, None)
         self._without_pages.pop(key, None)
 
-    def _between_passes(self, job: Job) -> None:
+    def _between_passes(self, job: Chore) -> None:
         try:
             job()
         except Exception:  # our defect: it must not end the thread that all share
@@ -194,13 +237,18 @@ class Executor:
                     self._unpark()
                 if not self._scheduler.hold(time.perf_counter()):
                     self._pass()
+                if self._rest(time.perf_counter()) == 0:
+                    self._train()
 
     def _receive(self) -> bool:
         """Takes all jobs there are, and waits for one if there is nothing to compute yet."""
+        now = time.perf_counter()
         if len(self._scheduler):
-            wait = self._scheduler.hold(time.perf_counter())
+            wait = self._scheduler.hold(now)
         else:
             wait = _RETRY_SECONDS if self._parked else None
+        if (rest := self._rest(now)) is not None:
+            wait = rest if wait is None else min(wait, rest)
         try:
             job = self._inbox.get(wait != 0, wait)
             while job is not None:
@@ -215,6 +263,7 @@ class Executor:
         slices = self._scheduler.next_pass(begin)
         if not slices:
             return
+        self._turns.passed_over()
         try:
             failures = self.backend.run(slices, self._works)
         except Exception as error:  # our defect: it must not end the thread that all share
@@ -224,7 +273,7 @@ class Executor:
         end = time.perf_counter()
         self._scheduler.passed(begin, end)
         self._busy += end - begin
-        finished: list[Finished] = []
+        finished, before = list[Finished](), self._tokens
         for piece in slices:
             work, failure = self._works[piece.key], failures.get(piece.key)
             work.compute_ms += (end - begin) * 1e3
@@ -238,8 +287,39 @@ class Executor:
             if failure is not None or piece.last:
                 self._drop(piece.key)
                 finished.append((work, failure))
+        self.meters.passed(len(slices), self._tokens - before, end - begin)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._finish, finished, (end - begin) * 1e3)
+
+    def _rest(self, now: float) -> float | None:
+        """Seconds until a unit of training may run; None: there is none, or it has to wait."""
+        streaming = self._scheduler.is_streaming(now)
+        return self._turns.wait(now, busy=len(self._scheduler) > 0, streaming=streaming)
+
+    def _width(self) -> int:
+        """Tokens that training should take at a time: few while somebody waits for the next one."""
+        return 1 if self._scheduler.is_streaming(time.perf_counter()) else self._training_tokens
+
+    def _train(self) -> None:
+        job, begin = self._turns.next(), time.perf_counter()
+        end: Any = None
+        paused = False
+        try:
+            with torch.inference_mode(False):
+                paused = next(job.units)
+        except StopIteration as stop:
+            end = stop.value
+        except RemoteProtocolError as error:
+            end = error
+        except Exception as error:  # lack of memory, or our defect: it is this request's alone
+            logger.exception("training failed")
+            end = RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in training")
+        now = time.perf_counter()
+        self._turns.advanced(job, begin, now, paused=paused)
+        self._busy += now - begin
+        if end is not None:
+            self._turns.drop(job)
+            job.done(end)
 
     def _park(self, piece: Slice, now: float) -> RemoteProtocolError | None:
         """None, or why not: nobody waits too long. What one gives up may be enough for the rest,

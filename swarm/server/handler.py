@@ -32,6 +32,7 @@ from swarm.messages import (
     Opened,
     Refused,
     Step,
+    Train,
 )
 from swarm.models.moving import can_move
 from swarm.models.spans import Span, SpanCache
@@ -41,6 +42,7 @@ from swarm.server.holdings import Holdings
 from swarm.server.memory import Admission
 from swarm.server.pusher import Pusher, Resolve
 from swarm.server.session import Counters, Guest, House, Session
+from swarm.server.training import TrainingDesk
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Stream, Transport
 from swarm.types import BlockRange, ModelId, Numerics
@@ -82,6 +84,10 @@ class Handler:
         self._turns: dict[bytes, asyncio.Event] = {}  # of openings that wait
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
         self._house = House(executor, span.store, limits, Holdings(limits.waiting_bytes), self.load)
+        self.store, self.meters = span.store, executor.meters
+        identity = served.access.identity
+        self.meters.tags = {"swarm.peer_id": identity.peer_id, "swarm.blocks": str(span.blocks)}
+        self._training = TrainingDesk(span, executor, limits, self.load)
         self.draining = False
 
     def load(self) -> Load:
@@ -101,9 +107,14 @@ class Handler:
     def counters(self) -> Counters:
         return self._house.counters
 
+    def counts(self) -> dict[str, int]:
+        """All counters since this span is served."""
+        return asdict(self.counters) | self._executor.counters
+
     @property
     def sessions(self) -> int:
-        return len(self._sessions)
+        """Training batches included."""
+        return len(self._sessions) + len(self._training)
 
     async def leave(self) -> None:
         """Admit nobody any more, and tell clients, so that sessions can move."""
@@ -115,10 +126,13 @@ class Handler:
                 raise error
 
     async def session(self, stream: Stream) -> None:
-        """A client's stream: Open, then steps until either side ends it."""
+        """A client's stream: Open, then steps until either side ends it; or Train."""
         async with self._refusing(stream):
+            first = await self._first(stream)
+            if isinstance(first, Train):
+                return await self._training.serve(stream, first, self._check(first))
             conversation = Conversation(SESSION)
-            opening = conversation.receive(await self._first(stream))
+            opening = conversation.receive(first)
             assert isinstance(opening, Open)
             client = self._check(opening)
             cache = self._cache(opening)
@@ -187,12 +201,11 @@ class Handler:
                 raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "expected 'info_request'")
             self._authenticate(message.nonce, message.credentials)
         except RemoteProtocolError as error:
-            self.counters.refusals += 1
-            logger.warning("refused a question: %s", str(error))
+            self._refused("question", error)
             return encode(_refusal(error))
-        counters = asdict(self.counters) | self._executor.counters
-        store = self._span.store
+        counters, store = self.counts(), self._span.store
         counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
+        counters |= {"trained": self._training.served, "training": len(self._training)}
         counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
 
@@ -201,14 +214,20 @@ class Handler:
         try:
             yield
         except RemoteProtocolError as error:
-            self.counters.refusals += 1
-            logger.warning("refused a stream: %s", str(error))  # its traceback holds a cache
+            self._refused("stream", error)
             with suppress(PeerUnavailable, TimeoutError):
                 async with asyncio.timeout(self._limits.send_timeout):
                     await stream.send(encode(_refusal(error)))
                     await stream.finish()
         except PeerUnavailable as error:
+            self.meters.broken += 1
             logger.info("a stream broke: %s", str(error))
+
+    def _refused(self, what: str, error: RemoteProtocolError) -> None:
+        self.counters.refusals += 1
+        self.meters.refused[error.code] += 1
+        code = {"code": str(error.code)}
+        logger.warning("refused a %s: %s", what, str(error), extra=code)  # a traceback holds caches
 
     async def _first(self, stream: Stream) -> Message:
         try:
@@ -235,7 +254,7 @@ class Handler:
         except AuthenticationError as error:
             raise RemoteProtocolError(ErrorCode.UNAUTHORIZED, str(error)) from error
 
-    def _check(self, opening: Open) -> str:
+    def _check(self, opening: Open | Train) -> str:
         """The client's peer id. Raises RemoteProtocolError."""
         agree_on_version(opening)
         client = self._authenticate(opening.session_id, opening.credentials)

@@ -135,6 +135,10 @@ class Scheduler:
         """The last pass ran from `begin` to `end`, in seconds."""
         self.pace.measured(Pass(*self._pass, begin, end))
 
+    def is_streaming(self, now: float) -> bool:
+        """Whether anybody decodes these days."""
+        return self._is_active(0, now)
+
     def _rhythm(self, step: Waiting, now: float) -> _Rhythm:
         known = self._streams.get(step.session)
         if known is None:

@@ -1,0 +1,198 @@
+"""A batch through a span, or gradients back through it: block by block, within a memory budget.
+
+Generators, so that whoever owns the device may do something more urgent between two blocks.
+Weights are frozen: only what the batch brought with it has gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from swarm.models.spans import Span
+from swarm.types import BlockRange
+
+_GUESS = 32  # numbers of the hidden size that a token leaves in a block's graph, until measured
+_SCORES = 4  # numbers that attention which is written out leaves for each pair of positions
+
+Units = Generator[bool, None, Mapping[str, Tensor]]
+"""Yields after each block: True when nothing of the batch is on the device just then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a request brought; tensors are on the CPU and in the span's dtype.
+
+    hidden: `[B, T, H]`. gradient: likewise, of what the blocks make of it; None: forward only.
+    position_ids: int64 `[B, T]` or `[B, T, 3 | 4]`. padding: bool `[B, T]`, True for real tokens.
+    prompts: `[blocks, P, H]`, P <= T.
+    """
+
+    blocks: BlockRange
+    hidden: Tensor
+    gradient: Tensor | None = None
+    position_ids: Tensor | None = None
+    padding: Tensor | None = None
+    prompts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Some rows of a batch, on the device."""
+
+    blocks: BlockRange
+    hidden: Tensor
+    inputs: Mapping[str, Tensor | None]
+    prompts: Sequence[Tensor]  # one for each block, or none
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """What a block computed, ready to go back through: `output` came of `leaves`."""
+
+    leaves: Sequence[Tensor]
+    output: Tensor
+
+
+class SpanTraining:
+    """`budget` is in bytes: what graphs of one slice of a batch may take on the device."""
+
+    def __init__(self, span: Span, budget: int) -> None:
+        self._span = span
+        self._budget = budget
+        config: Any = span.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        size = span.dtype.itemsize
+        self._linear = float(_GUESS * span.hidden_size * size)  # bytes of a token in one graph...
+        # ...and for each position that it can see.
+        self._square = float(_SCORES * heads * size) if span.own_attention == "eager" else 0.0
+        self._weights = {weight.untyped_storage().data_ptr() for weight in span.weights()}
+
+    def fits(self, tokens: int) -> bool:
+        """Whether one text of so many tokens can go back through one block."""
+        return self._bytes(1, tokens) <= self._budget
+
+    def run(self, batch: Batch, width: Callable[[], int]) -> Units:
+        """`hidden` forwards; else `gradient` of the input, and of `prompts` if there are any.
+
+        Asks `width` before each slice how many tokens it should have; a slice has one text at
+        least. Must be advanced outside of inference mode.
+        """
+        output = torch.empty_like(batch.hidden)
+        learnt = None if batch.prompts is None else torch.zeros_like(batch.prompts)
+        rows, tokens, _ = batch.hidden.shape
+        begin = 0
+        while begin < rows:
+            end = begin + self._rows(rows - begin, tokens, width())
+            part = self._slice(batch, begin, end)
+            if batch.gradient is None:
+                output[begin:end] = yield from self._forward(part)
+            else:
+                gradient = batch.gradient[begin:end].to(self._span.device)
+                output[begin:end] = yield from self._backward(part, gradient, learnt)
+            begin = end
+            yield True
+        if batch.gradient is None:
+            return {"hidden": output}
+        return {"gradient": output} | ({} if learnt is None else {"prompts": learnt})
+
+    def _rows(self, left: int, tokens: int, width: int) -> int:
+        if self._span.takes_whole_steps:  # its numbers follow the longest of all rows
+            return left
+        fitting = int(self._budget // self._bytes(1, tokens))
+        return max(1, min(left, width // tokens, fitting))
+
+    def _bytes(self, rows: int, tokens: int) -> float:
+        """Of the graph of one block."""
+        return rows * tokens * (self._linear + self._square * tokens)
+
+    def _slice(self, batch: Batch, begin: int, end: int) -> _Slice:
+        device = self._span.device
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[begin:end].to(device)
+
+        positions, padding = part(batch.position_ids), part(batch.padding)
+        if positions is not None and positions.ndim == 3:
+            positions = positions.permute(2, 0, 1)
+        mask = None if padding is None or bool(padding.all()) else padding.long()
+        prompts = () if batch.prompts is None else tuple(batch.prompts.to(device))
+        inputs = {"attention_mask": mask, "position_ids": positions}
+        return _Slice(batch.blocks, cast(Tensor, part(batch.hidden)), inputs, prompts)
+
+    def _forward(self, part: _Slice) -> Generator[bool, None, Tensor]:
+        hidden = part.hidden
+        for index in range(len(part.blocks)):
+            hidden = self._block(part, index, hidden)
+            yield False
+        return hidden
+
+    @torch.no_grad()
+    def _block(self, part: _Slice, index: int, hidden: Tensor) -> Tensor:
+        prompts = part.prompts[index] if part.prompts else None
+        return self._compute(part, index, hidden, prompts)
+
+    def _compute(self, part: _Slice, index: int, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+        if prompts is not None:
+            rest = hidden.shape[1] - prompts.shape[0]
+            hidden = hidden + torch.nn.functional.pad(prompts, (0, 0, 0, rest))
+        return self._span.run_freely(part.blocks.start + index, hidden, **part.inputs)
+
+    def _backward(
+        self, part: _Slice, gradient: Tensor, learnt: Tensor | None
+    ) -> Generator[bool, None, Tensor]:
+        """Graphs of as many blocks as fit are made at once; of the others only the input is kept,
+        and they are computed again."""
+        hidden, last = part.hidden, len(part.blocks) - 1
+        rows, tokens, _ = hidden.shape
+        kept: list[_Graph | Tensor] = []
+        held = 0.0
+        for index in range(last + 1):
+            if held + (1 if index == last else 2) * self._bytes(rows, tokens) <= self._budget:
+                graph, size = self._graph(part, index, hidden)
+                held += size
+                kept.append(graph)
+                hidden = graph.output.detach()
+            else:
+                kept.append(hidden)
+                hidden = hidden if index == last else self._block(part, index, hidden)
+            yield False
+        for index in range(last, -1, -1):
+            graph = kept.pop()
+            if isinstance(graph, Tensor):
+                graph, _ = self._graph(part, index, graph)
+            gradient, *others = torch.autograd.grad(graph.output, graph.leaves, gradient)
+            if learnt is not None:
+                learnt[index] += others[0].to(learnt.device)
+            del graph
+            yield False
+        return gradient
+
+    def _graph(self, part: _Slice, index: int, hidden: Tensor) -> tuple[_Graph, float]:
+        """One block with its graph, and how many bytes that keeps."""
+        leaves = [hidden.detach().requires_grad_()]
+        if part.prompts:
+            leaves.append(part.prompts[index].detach().requires_grad_())
+        seen, size = set(self._weights), 0
+
+        def note(tensor: Tensor) -> Tensor:
+            nonlocal size
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                size += storage.nbytes()
+            return tensor.detach()
+
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            prompts = leaves[1] if part.prompts else None
+            output = self._compute(part, index, leaves[0], prompts)
+        rows, tokens, _ = hidden.shape
+        self._linear = max(1.0, size / (rows * tokens) - self._square * tokens)
+        return _Graph(leaves, output), size

@@ -1,0 +1,80 @@
+"""Whose training goes on when the device has nothing more urgent to do.
+
+Pure: jobs are advanced elsewhere, and times are arguments, in seconds of any one clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from swarm.server.scheduler import PATIENCE
+
+_REST = 1.0  # times as long as a unit took, for which training rests while streams decode
+
+
+@dataclass(slots=True)
+class Job:
+    """One request. `units` yields after each unit of work: True where it could as well wait."""
+
+    client: str
+    units: Generator[bool, None, Any]
+    done: Callable[[Any], None]  # with the result, or an error
+    seconds: float = 0.0  # of the device, so far
+
+
+class Turns:
+    """The client that has had least of the device goes on, and no job is left half-way for
+    another: so only one at a time has memory there."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Job] = []  # in the order in which they came
+        self._running: Job | None = None
+        self._had: dict[str, float] = {}  # seconds of the device, of clients that have jobs
+        self._rested = 0.0
+        self._waited = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def add(self, job: Job) -> None:
+        """Who comes anew has had as much as whoever had least."""
+        self._had.setdefault(job.client, min(self._had.values(), default=0.0))
+        self._jobs.append(job)
+
+    def drop(self, job: Job) -> None:
+        """Forget a job, which may have ended already."""
+        if job in self._jobs:
+            self._jobs.remove(job)
+            self._running = None if self._running is job else self._running
+            if all(other.client != job.client for other in self._jobs):
+                del self._had[job.client]
+
+    def wait(self, now: float, *, busy: bool, streaming: bool) -> float | None:
+        """Seconds until a unit may run; None: nothing is to do, or others go first.
+
+        `busy`: steps of sessions wait for the device. `streaming`: some decode these days.
+        """
+        if not self._jobs or (busy and self._waited < PATIENCE):
+            return None
+        return max(0.0, self._rested - now) if streaming else 0.0
+
+    def passed_over(self) -> None:
+        """A pass of the device went to others while jobs were waiting."""
+        self._waited += bool(self._jobs)
+
+    def next(self) -> Job:
+        """Whose unit is to run now; then `advanced` must follow."""
+        if self._running is None:
+            self._running = min(self._jobs, key=lambda job: self._had[job.client])
+        return self._running
+
+    def advanced(self, job: Job, begin: float, end: float, *, paused: bool) -> None:
+        """A unit of it ran; `paused`: it could as well wait now."""
+        job.seconds += end - begin
+        self._had[job.client] += end - begin
+        self._rested = end + _REST * (end - begin)
+        self._waited = 0
+        if paused:
+            self._running = None
