@@ -52,7 +52,7 @@ class Pipe(Protocol):
 
 
 class Gauge:
-    """Bytes that came and were not taken yet, over all links of a process.
+    """Bytes over all links of a process: that came and were not taken yet, and all there were.
 
     A link may hold a quarter of what is left, so that floods by some always leave room for others:
     dynamic thresholds, Choudhury and Hahne, IEEE/ACM Transactions on Networking 6(2), 1998.
@@ -60,6 +60,7 @@ class Gauge:
 
     def __init__(self, most: int) -> None:
         self._left = most
+        self.received = self.sent = 0  # bytes of messages
 
     def add(self, count: int) -> None:
         self._left -= count
@@ -269,6 +270,7 @@ class Link:
         error: SwarmError = PeerUnavailable(f"{self.where}: the stream is closed")
         try:
             while (message := await pipe.receive()) is not None:
+                self._gauge.received += len(message)
                 self._arrived(message)
                 while not self._gauge.allows(self.held):
                     self._taken.clear()
@@ -343,6 +345,7 @@ class Link:
             while True:
                 message, size = await lane.next_message()
                 await pipe.send(message)
+                self._gauge.sent += len(message)
                 self.queued -= size
                 if not self.is_full:
                     self._room.set()

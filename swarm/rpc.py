@@ -124,7 +124,7 @@ class RpcServer:
         self._max_streams = max_streams
         self._running: set[asyncio.Task[Any]] = set()
         self._links: dict[bytes, Link] = {}
-        self._gauge = Gauge(_UNREAD_BYTES)
+        self.gauge = Gauge(_UNREAD_BYTES)
         self._server: grpc.aio.Server | None = None
         self._credentials: grpc.ServerCertificateConfiguration | None = None
 
@@ -186,7 +186,7 @@ class RpcServer:
                 raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "this link is up already")
             if len(self._links) >= self._max_streams:
                 raise RemoteProtocolError(ErrorCode.BUSY, "too many links")
-            self._links[link_id] = link = Link(pipe.where, self._gauge, accept=self._accept)
+            self._links[link_id] = link = Link(pipe.where, self.gauge, accept=self._accept)
             try:
                 await link.carry(pipe)
             finally:
@@ -239,7 +239,7 @@ class RpcTransport(Transport):
 
     def __init__(self) -> None:
         self._links: dict[Endpoint, asyncio.Task[Link]] = {}
-        self._gauge = Gauge(_UNREAD_BYTES)
+        self.gauge = Gauge(_UNREAD_BYTES)
         self.connections: set[asyncio.Task[None]] = set()  # those that stand
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -290,7 +290,7 @@ class RpcTransport(Transport):
             else:
                 await self._carry(link, second, bulk=True)
 
-        link = Link(str(endpoint), self._gauge, want_bulk=lambda: self._spawn(add_bulk()))
+        link = Link(str(endpoint), self.gauge, want_bulk=lambda: self._spawn(add_bulk()))
         self._spawn(self._carry(link, pipe))
         return link
 

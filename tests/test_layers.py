@@ -36,6 +36,8 @@ DOORS = {
     "msgpack": "swarm/wire.py",
     "hivemind": "swarm/dht/node.py",
     "uvloop": "swarm/loop.py",
+    "prometheus_client": "swarm/metrics.py",
+    "opentelemetry": "swarm/tracing.py",
 }
 
 PURE = {

@@ -103,6 +103,18 @@ def server_parser() -> Parser:
         "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
     )
     parser.add_argument(
+        "--metrics-port",
+        type=whole(1, 65_535),
+        metavar="N",
+        help="show Prometheus metrics at http://HOST:N/metrics, and at /healthz whether it serves",
+    )
+    parser.add_argument(
+        "--metrics-host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="IP address for that (default: %(default)s, as anybody who reaches it may read it)",
+    )
+    parser.add_argument(
         "--kv-memory",
         dest="kv_bytes",
         type=memory,

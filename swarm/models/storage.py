@@ -125,6 +125,11 @@ class KvStore:
         shelves = list(self._shelves.values())
         return self._charged + sum(shelf.pool.used * shelf.page_bytes for shelf in shelves)
 
+    def count_pages(self) -> tuple[int, int]:
+        """Pages in use, and free ones in the memory that was taken."""
+        pools = [shelf.pool for shelf in list(self._shelves.values())]
+        return sum(pool.used for pool in pools), sum(pool.free for pool in pools)
+
     # Kinds -----------------------------------------------------------------------------------
 
     def kinds(self, blocks: BlockRange) -> list[Kind]:

@@ -43,6 +43,8 @@ class ServerConfig:
     throughput: float | Literal["auto", "eval"] = "auto"  # tokens/s that one block would give
     balance_quality: float = 0.75  # as for `placement.consider_move`; 0: never move
     identity: Path | None = None  # None: a new one each time
+    metrics_port: int | None = None  # None: nobody is shown any
+    metrics_host: str = "127.0.0.1"
     swarm_key: SwarmKey | None = field(default=None, repr=False)
     limits: ServerLimits = field(default_factory=ServerLimits)
 

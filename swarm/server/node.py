@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 
@@ -23,6 +23,7 @@ from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
 from swarm.identity import Access, Identity
 from swarm.loop import in_thread
 from swarm.messages import PushTarget
+from swarm.metrics import Family, Page
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import fetch_span
 from swarm.models.selftest import prove_split
@@ -40,6 +41,7 @@ from swarm.server.choice import (
 )
 from swarm.server.door import Door
 from swarm.server.executor import Executor
+from swarm.server.exposition import families
 from swarm.server.handler import Handler, Served
 from swarm.server.neighbours import Neighbours
 from swarm.server.placement import Holder, believe, choose_span
@@ -132,6 +134,7 @@ class ServerNode:
         view = await self._choose(checkpoint, access, proof, block_parameters)
         await self._listen(stack)
         await self._introduce(stack)
+        await self._show_metrics(stack)
         if config.blocks is None and config.peers:
             await self._announce(ServerState.JOINING)
             self.blocks = await self._settle(view)
@@ -238,6 +241,20 @@ class ServerNode:
         for work in (self._announcer.run(), self._keep_certificate_fresh()):
             self._tasks.append(asyncio.create_task(work))
 
+    async def _show_metrics(self, stack: AsyncExitStack) -> None:
+        """Raises UsageError."""
+        if (port := self._config.metrics_port) is None:
+            return
+        gauges = {"others": self._rpc.gauge, "us": self._transport.gauge}
+
+        def numbers() -> Iterator[Family]:
+            traffic = {who: (gauge.received, gauge.sent) for who, gauge in gauges.items()}
+            return families(self._serving.meters, self._door.handler, self.record, traffic)
+
+        page = Page(numbers, lambda: (self._state is ServerState.ONLINE, str(self._state)))
+        stack.push_async_callback(page.close)
+        self.metrics_port = await page.start(self._config.metrics_host, port)
+
     def _handle(self, span: Span, executor: Executor) -> Handler:
         return Handler(
             self._served, span, executor, self._transport, self.resolve, self._config.limits
@@ -290,6 +307,7 @@ class ServerNode:
         except UsageError:
             await self.stay()
             raise
+        self._serving.meters.moves += 1
         await self._announce(ServerState.ONLINE)
         await self._measure()
 

@@ -22,6 +22,7 @@ from swarm.server.backend import Backend
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
+from swarm.server.meters import Meters
 from swarm.server.throughput import SHAPES, Speeds
 from swarm.tensors import TORCH_DTYPES
 from swarm.types import BlockRange, DType
@@ -108,6 +109,7 @@ class Serving:
         self, source: Source, door: Door, handle: Callable[[Span, Executor], Handler]
     ) -> None:
         self._source, self._door, self._handle = source, door, handle
+        self.meters = Meters()
         self._held: _Held | None = None
         self._load_seconds = 0.0  # of the last span
 
@@ -179,6 +181,7 @@ class Serving:
         await self._door.close()
         if held is not None:
             await held.executor.stop()
+            self.meters.past.update(held.handler.counts())
 
     async def measure(self) -> None:
         """What is not known yet, between passes for sessions; nothing if somebody has said it."""
@@ -201,7 +204,8 @@ class Serving:
 
     async def _serve(self, span: Span) -> None:
         speeds = await in_thread(lambda: self._source.prepare(span))
-        executor = Executor(Backend(span), self._source.limits.pass_tokens)
+        limits = self._source.limits
+        executor = Executor(Backend(span), limits.pass_tokens, meters=self.meters)
         executor.start()
         self._held = _Held(span, speeds, executor, self._handle(span, executor))
         self._door.handler = self._held.handler

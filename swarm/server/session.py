@@ -8,6 +8,7 @@ Errors go through the queue of answers, too: a client must be able to read what 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -242,14 +243,16 @@ class Session:
             await self._send(error)
 
     async def _step(self, step: Step) -> None:
-        size = len(step.hidden.data)  # what it holds until it is answered
+        size, begin = len(step.hidden.data), time.perf_counter()  # it holds that until answered
         verdict = self._ledger.admit(step)
         if verdict is Verdict.STALE:
-            return self._hold(-size)
+            self._hold(-size)
+            return
         if verdict is Verdict.COMPUTE:
             await self._apply(step)
         assert self._kept is not None
         computed, compute_ms = self._kept
+        done = time.perf_counter()
         if computed.epoch != step.epoch:
             computed = computed.model_copy(update={"epoch": step.epoch})
         # What a newer epoch has overtaken is the client's business, and its next hop another one's.
@@ -268,7 +271,9 @@ class Session:
             compute_ms=compute_ms,
             load=self._house.load(),
         )
-        return await self._send(output, size)
+        await self._send(output, size)
+        if verdict is Verdict.COMPUTE:
+            self._house.executor.meters.stepped(step, begin, done, compute_ms)
 
     async def _hand_over(self, target: PushTarget) -> HandedOver:
         house, position = self._house, self._ledger.position
