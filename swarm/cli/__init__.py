@@ -1,4 +1,4 @@
-"""The console commands: `swarm`, `swarm-server`, `swarm-dht`, and how each of them ends.
+"""The console commands: `swarm`, `swarm-server` and the others, and how each of them ends.
 
 Nothing is imported here before somebody listens for Ctrl-C.
 """
@@ -24,6 +24,11 @@ def server_main(argv: Sequence[str] | None = None) -> int:
 def dht_main(argv: Sequence[str] | None = None) -> int:
     """`swarm-dht`."""
     return _run("swarm-dht", ["dht"], argv)
+
+
+def monitor_main(argv: Sequence[str] | None = None) -> int:
+    """`swarm-monitor`."""
+    return _run("swarm-monitor", ["monitor"], argv)
 
 
 def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> int:

@@ -19,6 +19,7 @@ commands:
   swarm key new   make the secret of a private swarm
   swarm server    the same as swarm-server: serve blocks of a model
   swarm dht       the same as swarm-dht: run a bootstrap node
+  swarm monitor   the same as swarm-monitor: show all that in a browser
 
 Each has a --help of its own. To begin: `swarm demo`.
 """
@@ -64,6 +65,10 @@ def dispatch(argv: Sequence[str]) -> int:
             from swarm.cli.serve import serve_dht
 
             return serve_dht(rest)
+        case "monitor":
+            from swarm.cli.monitor import monitor
+
+            return monitor(rest)
         case _:
             raise UsageError(f"there is no command '{command}'; see `swarm --help`")
 

@@ -1,0 +1,104 @@
+"""`swarm-monitor`: a web page that tells whether models are healthy, and who keeps them alive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from swarm.cli.common import Parser, joining_parser, need_peers, parse_joining, whole
+
+PORT = 8080
+
+_HELP = """\
+Show in a browser whether models are healthy, who serves which blocks, and what is needed most.
+
+examples:
+  swarm-monitor --peers /ip4/.../p2p/Qm...                  all models, at http://127.0.0.1:8080
+  swarm-monitor Qwen/Qwen3-8B --host 0.0.0.0 --port 80      one model, for everybody
+  SWARM_PEERS=/ip4/.../p2p/Qm... swarm-monitor --history ""    and forget it all at the end
+
+It only reads, and so does everybody who opens its page. For programs there are /api/v1/state,
+/api/v1/models/NAME, /metrics (Prometheus) and /healthz. docs/monitor.md has the rest.
+"""
+
+
+def monitor_parser() -> Parser:
+    parser = joining_parser("swarm-monitor", _HELP)
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="watch only these (default: all there are)"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="IP address to listen on (default: %(default)s; 0.0.0.0 lets everybody read)",
+    )
+    parser.add_argument(
+        "--port",
+        type=whole(0, 65_535),
+        metavar="N",
+        default=PORT,
+        help="to listen on (default: %(default)s; 0: any free)",
+    )
+    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    parser.add_argument(
+        "--history",
+        metavar="FILE",
+        default=str(Path(folder).expanduser() / "swarm" / "monitor.sqlite"),
+        help="where the last day and the served block-hours are kept; empty: nowhere (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--join-peers",
+        nargs="+",
+        metavar="ADDR",
+        help="peers that the page tells people to join through (default: those of --peers)",
+    )
+    parser.add_argument(
+        "--no-ask",
+        dest="ask",
+        action="store_false",
+        help="believe what servers announce; ask none of them how it is",
+    )
+    return parser
+
+
+def monitor(argv: Sequence[str]) -> int:
+    """`swarm-monitor`."""
+    arguments = parse_joining(monitor_parser(), argv)
+    peers = need_peers(arguments.peers)
+    from swarm.dht.lean import without_torch
+
+    with without_torch():
+        from swarm.dht.node import DhtNode
+    from swarm.identity import Access, Identity
+    from swarm.listening import serve
+    from swarm.loop import run
+    from swarm.monitor.app import make_app
+    from swarm.monitor.ledger import Ledger
+    from swarm.monitor.picture import Joining
+    from swarm.monitor.pulse import Pulse
+    from swarm.monitor.watcher import Watcher
+    from swarm.rpc import RpcTransport
+
+    async def work() -> None:
+        access = Access(Identity.ephemeral(), arguments.swarm_key)
+        ledger = Ledger(Path(arguments.history) if arguments.history else None)
+        joining = Joining(tuple(arguments.join_peers or peers), access.swarm_key is not None)
+        dht = await DhtNode.create(access.identity, peers, key=access.swarm_key, client_mode=True)
+        transport = RpcTransport()
+        try:
+            pulse = Pulse(transport, access, dht.now) if arguments.ask else None
+            watcher = Watcher(dht, pulse, ledger, joining, arguments.models)
+            async with watcher.running():
+                await serve(make_app(watcher), arguments.host, arguments.port, _tell)
+        finally:
+            await transport.close()
+            await dht.close()
+
+    run(work())
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)

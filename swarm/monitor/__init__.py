@@ -1,0 +1,1 @@
+"""The public page that tells whether models are healthy, and who keeps them alive."""
