@@ -71,6 +71,10 @@ class PeerUnavailable(SwarmError):
     """A peer cannot be reached, closed its stream or missed its deadline: somebody else may do."""
 
 
+class PeerSilent(PeerUnavailable):
+    """A peer missed its deadline: it may be frozen, unplugged or only slow."""
+
+
 class AuthenticationError(SwarmError):
     """A signature, certificate or swarm key does not hold."""
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.errors import (
     ErrorCode,
+    PeerSilent,
     PeerUnavailable,
     RemoteProtocolError,
     SessionClosed,
@@ -126,7 +127,7 @@ class Hop:
                 await stream.send(encode(self._opening(access, next_target)))
                 message = conversation.receive(await _next(stream))
         except TimeoutError:
-            self.lose(PeerUnavailable(f"{self.endpoint} did not answer within {timeout:g} s"))
+            self.lose(PeerSilent(f"{self.endpoint} did not answer within {timeout:g} s"))
             return
         except SwarmError as error:
             self.lose(error)
@@ -223,7 +224,7 @@ class Hop:
             async with asyncio.timeout(timeout):
                 synced = await self._synced
         except TimeoutError:
-            self.lose(PeerUnavailable(f"{self.endpoint} is silent for {timeout:g} s"))
+            self.lose(PeerSilent(f"{self.endpoint} is silent for {timeout:g} s"))
         except SwarmError as error:
             self.lose(error)
         else:

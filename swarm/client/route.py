@@ -7,11 +7,13 @@ from collections.abc import Container, Sequence
 from typing import Protocol
 
 from swarm.client.hop import Hop, Listener, Terms
+from swarm.client.recoveries import Recoveries
 from swarm.config import ClientTimeouts
 from swarm.dht.records import SignedRecord
 from swarm.errors import (
     ErrorCode,
     NoRoute,
+    PeerSilent,
     PeerUnavailable,
     RemoteProtocolError,
     SessionClosed,
@@ -72,6 +74,7 @@ class Route:
         timeouts: ClientTimeouts,
     ) -> None:
         self.hops: list[Hop] = []
+        self.recoveries = Recoveries()
         self._blocks = blocks
         self._router = router
         self._transport = transport
@@ -92,6 +95,7 @@ class Route:
         lost = [hop for hop in self.hops if not hop.alive]
         for hop in lost:
             self._blame(hop)
+        self.recoveries.lost(lost)
         self.hops = self._closed_gaps(terms, newborn)
         targets = [hop.target for hop in self.hops[1:]] + [None]
         await asyncio.gather(
@@ -162,7 +166,7 @@ class Route:
         if flowing and before is not None and before.pushes_to is not None:
             before.cannot_push_to = before.pushes_to
         else:
-            hop.lose(PeerUnavailable(f"{hop}: {silence}"))
+            hop.lose(PeerSilent(f"{hop}: {silence}"))
 
     async def close(self) -> None:
         """Free the sessions on all servers."""
