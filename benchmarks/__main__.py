@@ -22,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # servers inherit it; must be set before to
 
 from benchmarks import (
     batch,
+    bf16,
     codec,
     decode,
     failover,
@@ -50,6 +51,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "families": families.measure,
     "links": links.measure,
     "codec": codec.measure,
+    "bf16": bf16.measure,
     "offload": offload.measure,
     "start": start.measure,
     "first_light": first_light.measure,

@@ -23,18 +23,18 @@ CODECS: tuple[Codec, ...] = ("none", "mxint8")
 
 def measure(lab: Lab) -> None:
     lab.clear()
-    windows = _held_out(2 if lab.quick else WINDOWS)
+    windows = held_out(2 if lab.quick else WINDOWS)
     local: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype="float32").eval()
-    exact = [_logits(local, window) for window in windows]
+    exact = [logits_of(local, window) for window in windows]
     prompts = torch.cat(windows, dim=1)[:, : TEXTS * PROMPT_TOKENS].reshape(TEXTS, PROMPT_TOKENS)
     expected = generate(local, prompts, lab.tokens)
-    lab.note("held-out perplexity, local", "", [_perplexity(exact, windows)])
+    lab.note("held-out perplexity, local", "", [perplexity(exact, windows)])
     with LocalSwarm(spans=["0:8", "8:16", "16:24"]) as swarm:
         for codec in CODECS:
             remote = connect(None, swarm, codec)
-            logits = [_logits(remote, window) for window in windows]
-            lab.note(f"{codec}, held-out perplexity", "", [_perplexity(logits, windows)])
-            lab.note(f"{codec}, same best token, same text before", "%", [_agreeing(logits, exact)])
+            logits = [logits_of(remote, window) for window in windows]
+            lab.note(f"{codec}, held-out perplexity", "", [perplexity(logits, windows)])
+            lab.note(f"{codec}, same best token, same text before", "%", [agreeing(logits, exact)])
             written = generate(remote, prompts, lab.tokens)
             lab.note(f"{codec}, tokens until a text differs", "", _until(written, expected))
             lab.note(f"{codec}, bytes per token, the client's", "B", _bytes(lab, remote, prompts))
@@ -42,7 +42,7 @@ def measure(lab: Lab) -> None:
     lab.clear()
 
 
-def _held_out(count: int) -> list[torch.Tensor]:
+def held_out(count: int) -> list[torch.Tensor]:
     """Windows [1, WINDOW] of the text that the model was not trained on."""
     tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL)
     text = (DEMO_MODEL / "held_out.txt").read_text()
@@ -50,13 +50,13 @@ def _held_out(count: int) -> list[torch.Tensor]:
     return list(ids[:, : count * WINDOW].split(WINDOW, dim=1))
 
 
-def _logits(model: Any, window: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, window: torch.Tensor) -> torch.Tensor:
     """Before every token but the first: [WINDOW - 1, vocabulary]."""
     with torch.inference_mode():
         return model(window, use_cache=False).logits[0, :-1].float()
 
 
-def _perplexity(logits: Sequence[torch.Tensor], windows: Sequence[torch.Tensor]) -> float:
+def perplexity(logits: Sequence[torch.Tensor], windows: Sequence[torch.Tensor]) -> float:
     losses = [
         torch.nn.functional.cross_entropy(found, window[0, 1:])
         for found, window in zip(logits, windows, strict=True)
@@ -64,7 +64,7 @@ def _perplexity(logits: Sequence[torch.Tensor], windows: Sequence[torch.Tensor])
     return math.exp(float(torch.stack(losses).mean()))
 
 
-def _agreeing(logits: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+def agreeing(logits: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
     same = torch.cat(list(logits)).argmax(-1) == torch.cat(list(exact)).argmax(-1)
     return 100 * float(same.float().mean())
 

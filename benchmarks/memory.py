@@ -32,7 +32,7 @@ def measure(lab: Lab) -> None:
         beyond: list[float] = []  # weights
         for server in lab.swarm(name).servers:
             blocks = range(server.blocks.start, server.blocks.end)
-            held.append(_tree(server.pid) / MIB)
+            held.append(tree_bytes(server.pid) / MIB)
             beyond.append(held[-1] - block_bytes(lab.path(name), blocks) / MIB)
             lab.progress(f"{name}, server {server.index}: {held[-1]:.0f} MiB")
         lab.note(f"{name}, server, all its processes", "MiB", held)
@@ -44,14 +44,14 @@ def measure(lab: Lab) -> None:
             lab.note(f"{name}, beyond weights and {what}", "MiB", rest, target)
 
 
-def _tree(pid: int) -> int:
+def tree_bytes(pid: int) -> int:
     """Bytes that would be free if a process and all below it ended (USS)."""
     process = psutil.Process(pid)
     return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
 
 
 def _after(imports: str) -> int:
-    """As `_tree`, of a process that has done nothing else."""
+    """As `tree_bytes`, of a process that has done nothing else."""
     with subprocess.Popen(
         [sys.executable, "-c", f"{imports}; print(flush=True); input()"],
         stdin=subprocess.PIPE,
@@ -59,6 +59,6 @@ def _after(imports: str) -> int:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        found = _tree(process.pid)
+        found = tree_bytes(process.pid)
         process.kill()
     return found
