@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from swarm.errors import LocalProtocolError
 from swarm.messages import TensorFrame
-from swarm.tensors import from_frame
+from swarm.tensors import from_frame, to_frame
+from swarm.types import Codec
 
 _LOOSE_FRAMES = 64  # kept as they came, since tensors are dear: copied into the buffer together
 
@@ -157,3 +158,58 @@ class InputHistory:
             return torch.ones(shape, dtype=torch.bool)
         positions = torch.arange(start, start + tokens)
         return positions.view(1, tokens, *[1] * (len(shape) - 2)).expand(shape)
+
+
+class Borders:
+    """All that ever went over every border of a route, and what travelled beside it.
+
+    `borders[b]` is what entered block b there. The first one is always complete, so whatever dies,
+    the blocks behind a gap can be fed again from the last border that is.
+    """
+
+    def __init__(self, start: int, batch_size: int) -> None:
+        self.inputs = InputHistory(batch_size)
+        self._start = start
+        self._histories = {start: History()}
+
+    def __getitem__(self, block: int) -> History:
+        return self._histories[block]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(history.nbytes for history in (*self._histories.values(), self.inputs))
+
+    @property
+    def shortest(self) -> int:
+        """Positions that have crossed all of them."""
+        return min(history.length for history in self._histories.values())
+
+    @property
+    def longest(self) -> int:
+        return max(history.length for history in self._histories.values())
+
+    def begin(
+        self, start: int, frame: TensorFrame, tokens: int, inputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """A step of so many positions enters the route."""
+        self._histories[self._start].add(start, frame)
+        self.inputs.append(start, tokens, inputs)
+
+    def crop(self, length: int) -> None:
+        for history in (*self._histories.values(), self.inputs):
+            history.crop(length)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        for history in (*self._histories.values(), self.inputs):
+            history.reorder(rows)
+
+    def move(self, blocks: Iterable[int]) -> None:
+        """The route has its borders there now."""
+        self._histories = {block: self._histories.get(block, History()) for block in blocks}
+
+    def read(self, block: int, begin: int, end: int, codec: Codec) -> TensorFrame:
+        """Positions `[begin, end)` of what enters a block, to be sent again."""
+        return to_frame(self._histories[block].read(begin, end), codec)
+
+    def read_inputs(self, begin: int, end: int) -> dict[str, TensorFrame]:
+        return {name: to_frame(tensor) for name, tensor in self.inputs.read(begin, end).items()}

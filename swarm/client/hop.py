@@ -21,6 +21,7 @@ from swarm.errors import (
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
     HAND_OVER,
+    MAX_TOKENS,
     HandedOver,
     HandOver,
     Leaving,
@@ -78,7 +79,8 @@ class Hop:
         self.blocks = blocks
         self.peer_id = record.peer_id
         self.name = record.public_name  # chosen by a stranger
-        self.position = 0  # what the server's cache is known to hold
+        self.position = 0  # what the server's cache is known to hold...
+        self.trusted = MAX_TOKENS  # ...of which what comes from here on is of another text
         self.last_step = -1  # the last step it is known to have applied
         self.rtt: float | None = None  # seconds from Open to Opened
         self.blamed = False

@@ -1,21 +1,20 @@
 """One inference session over a route of servers: steps, rollbacks, and replay when a hop dies.
 
-The idea: `histories[b]` holds all that ever entered block b at a border of the route. Border 0 is
-always complete, so whatever dies, the blocks behind a gap can be fed again from the last border
-that is. Lives in the event loop; `swarm/client/remote.py` is its face for ordinary threads.
+All that ever crossed a border of the route is kept (`swarm/client/history.py`), so whatever dies,
+the blocks behind a gap can be fed again from the last border that is complete. Lives in the event
+loop; `swarm/client/remote.py` is its face for ordinary threads.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from swarm.client.history import History, InputHistory
+from swarm.client.history import Borders, History
 from swarm.client.hop import Hop, Terms
 from swarm.client.pace import Pace
 from swarm.client.route import Interrupted, Route, Router, Silent
@@ -31,6 +30,7 @@ from swarm.client.steps import (
     problem_with,
     store,
 )
+from swarm.client.text import Text, feeds
 from swarm.config import ClientConfig
 from swarm.errors import (
     ErrorCode,
@@ -41,7 +41,7 @@ from swarm.errors import (
     SwarmError,
 )
 from swarm.identity import Access
-from swarm.messages import MAX_TOKENS, Output, PushFailed, Step
+from swarm.messages import MAX_TOKENS, Output, PushFailed
 from swarm.tensors import TORCH_DTYPES, to_frame
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -67,16 +67,15 @@ class RemoteSession:
         self.blocks = blocks
         self.position = 0
         self.recoveries = self.moves = 0  # a move: to a server that inherits from one that leaves
-        self._terms = terms
         self._router = router
         self._config = config
         self._route = Route(blocks, router, transport, access, config.timeouts)
-        self._epoch = 0
-        self._numbers = itertools.count()
+        borders, cutter = (
+            Borders(blocks.start, terms.batch_size),
+            Cutter(terms, config.chunk_bytes, pace),
+        )
+        self._text = Text(terms, borders, cutter, config.timeouts.step)
         self._sent: dict[int, Sent] = {}  # by number, oldest first
-        self._histories: dict[int, History] = {blocks.start: History()}
-        self._inputs = InputHistory(terms.batch_size)
-        self._cutter = Cutter(terms, config.chunk_bytes, pace)
         self._reorder: tuple[int, ...] | None = None
         self._pending: Pending | None = None
         self._flowing = False  # from hop to hop; otherwise the client feeds each of them
@@ -99,7 +98,7 @@ class RemoteSession:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """From the next step on, row i continues what row `rows[i]` was (beam search)."""
-        self._reorder = composed(self._reorder, rows, self._terms.batch_size)
+        self._reorder = composed(self._reorder, rows, self._text.terms.batch_size)
 
     async def step(
         self,
@@ -147,39 +146,34 @@ class RemoteSession:
     async def _begin(
         self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor], keep: int | None
     ) -> None:
+        text, terms, borders = self._text, self._text.terms, self._text.borders
         start, end = self.position, self.position + hidden.shape[1]
-        held = sum(history.nbytes for history in (*self._histories.values(), self._inputs))
-        check_step(hidden, inputs, end, self._terms)
-        check_memory(held, self._config)
-        rolled_back = any(history.length > start for history in self._histories.values())
+        check_step(hidden, inputs, end, terms)
+        check_memory(borders.nbytes, self._config)
+        rolled_back = borders.longest > start
         if self._reorder is not None:
             await self._settle(start)
         if rolled_back:
-            self._epoch += 1
+            text.epoch += 1
             for sent in self._sent.values():  # copies on their way are taken up to here
                 sent.until = min(sent.until, start)
-            for history in (*self._histories.values(), self._inputs):
-                history.crop(start)
+            borders.crop(start)
         if self._reorder is not None:
-            for history in (*self._histories.values(), self._inputs):
-                history.reorder(self._reorder)
-        if end > self._terms.max_length:
+            borders.reorder(self._reorder)
+        if end > terms.max_length:
             self._outgrow(end)
-        dtype = TORCH_DTYPES[self._terms.numerics.dtype]
-        frame = to_frame(hidden.to(dtype), self._terms.codec)
-        self._histories[self.blocks.start].add(start, frame)
-        self._inputs.append(start, hidden.shape[1], inputs)
-        self._cutter.begin(start)
+        frame = to_frame(hidden.to(TORCH_DTYPES[terms.numerics.dtype]), terms.codec)
+        borders.begin(start, frame, hidden.shape[1], inputs)
+        text.cutter.begin(start)
         # What need not be answered may be computed apart, which whole steps must not be.
-        wanted = start if self._terms.whole_steps else max(start, end - (keep or end))
-        self._pending = Pending(start, end, wanted, frame, self._reorder, next(self._numbers))
+        wanted = start if terms.whole_steps else max(start, end - (keep or end))
+        self._pending = Pending(start, end, wanted, frame, self._reorder, next(text.numbers))
         self._reorder = None
 
     async def _settle(self, start: int) -> None:
         """Wait for copies that are still on their way, since they are of the past that changes."""
         try:
-            borders = self._histories.values()
-            await self._until(lambda: all(border.length >= start for border in borders))
+            await self._until(lambda: self._text.borders.shortest >= start)
         except Interrupted as error:
             self._trouble = str(error)
         self._sent.clear()
@@ -219,17 +213,21 @@ class RemoteSession:
         """Send to the first hop; each hop pushes to the next, and the last one answers."""
         self._flowing = True
         first = self.hops[0]
-        flight = self._cutter.flight(pending, self.hops)
+        text, cutter = self._text, self._text.cutter
+        flight = cutter.flight(pending, self.hops)
         window, ends = min(hop.window for hop in self.hops), list[int]()
-        for begin, end in self._cutter.pieces(pending.start, pending.end, self.hops):
+        for begin, end in cutter.pieces(pending.start, pending.end, self.hops):
             if len(ends) >= window:
                 await self._wait(self.hops[-1], ends[-window])
             if len(self._sent) >= 2 * window:  # copies come more slowly than answers
                 await self._until(lambda: len(self._sent) < 2 * window)
-            step = self._make_step(first, pending, begin, end, opening=not ends)
+            whole = pending.hidden if (begin, end) == (pending.start, pending.end) else None
+            reorder = pending.reorder if not ends and pending.is_new_to(first) else None
+            step = text.step(first, begin, end, hidden=whole, reorder=reorder, crop=not ends)
+            step = step.model_copy(update={"keep": pending.keep(begin, end)})
             if not ends:
                 for hop in self.hops:
-                    hop.position = begin
+                    hop.position, hop.trusted = begin, pending.end
             self._sent[step.step] = Sent(step, set(self.hops), end, flight)
             first.send(step)
             ends.append(end)
@@ -238,49 +236,26 @@ class RemoteSession:
         await self._wait(self.hops[-1], pending.end)  # an answer of an older epoch is not enough
 
     async def _refill(self, pending: Pending) -> None:
-        """Bring hop after hop to the end of the pending step, each from what it lacks."""
+        """Bring all hops to the end of the pending step, each from what it lacks, and as soon as
+        the one before it has answered."""
         self._flowing = False
-        for hop, border in zip(self.hops, self._borders(pending), strict=True):
-            begin, known = min(hop.position, border.length), border.length
-            if begin >= pending.end:
-                continue
-            # What the border holds already is computed for the server's cache only, quietly.
-            parts, ends = ((begin, known), (known, pending.end)), list[int]()
-            for low, high in itertools.chain(
-                *(self._cutter.pieces(*part, [hop]) for part in parts)
-            ):
-                if len(ends) >= hop.window:
-                    await self._wait(hop, ends[-hop.window])
-                step = self._make_step(hop, pending, low, high, opening=not ends)
-                step = step.model_copy(update={"push": False, "quiet": high <= known})
-                hop.position = hop.position if ends else low
-                self._sent[step.step] = Sent(step, {hop}, high)
-                hop.send(step)
-                ends.append(high)
-            await self._wait(hop, pending.end)
-
-    def _make_step(
-        self, hop: Hop, pending: Pending, begin: int, end: int, *, opening: bool
-    ) -> Step:
-        if (begin, end, hop) == (pending.start, pending.end, self.hops[0]):
-            hidden = pending.hidden
-        else:
-            hidden = to_frame(self._histories[hop.blocks.start].read(begin, end), self._terms.codec)
-        return Step(
-            epoch=self._epoch,
-            step=next(self._numbers),
-            start=begin,
-            hidden=hidden,
-            inputs={name: to_frame(t) for name, t in self._inputs.read(begin, end).items()},
-            crop_to=begin if opening and hop.position > begin else None,
-            reorder=pending.reorder if opening and pending.is_new_to(hop) else None,
-            keep=pending.keep(begin, end),
-            deadline_ms=max(1, int(self._config.timeouts.step * 1000)),
-        )
+        lacking = feeds(self.hops, pending.answer, pending.end, self._text)
+        while any(not feed.is_done for feed in lacking):
+            for feed in lacking:
+                while feed.is_ready:
+                    hop = feed.hop
+                    step = feed.take(pending.reorder if pending.is_new_to(hop) else None)
+                    self._sent[step.step] = Sent(step, {hop}, step.start + step.hidden.shape[1])
+                    hop.send(step)
+            await self._until(
+                lambda: (
+                    any(feed.is_ready for feed in lacking) or all(feed.is_done for feed in lacking)
+                )
+            )
 
     def _borders(self, pending: Pending) -> list[History]:
         """For every hop, where its outputs are kept."""
-        return [self._histories[hop.blocks.start] for hop in self.hops[1:]] + [pending.answer]
+        return [self._text.borders[hop.blocks.start] for hop in self.hops[1:]] + [pending.answer]
 
     async def _wait(self, hop: Hop, end: int) -> None:
         await self._until(lambda: hop.position >= end)
@@ -295,8 +270,9 @@ class RemoteSession:
 
     def _outgrow(self, end: int) -> None:
         """More positions than the servers reserved: open everything anew, larger, and replay."""
-        larger = min(MAX_TOKENS, max(end, 2 * self._terms.max_length))
-        self._terms = replace(self._terms, max_length=larger)
+        terms = self._text.terms
+        larger = min(MAX_TOKENS, max(end, 2 * terms.max_length))
+        self._text.terms = replace(terms, max_length=larger)
         for hop in self.hops:
             hop.lose(SessionClosed(f"outgrown at {end} positions"))
         self._trouble = "the session outgrew its reservation"
@@ -314,7 +290,7 @@ class RemoteSession:
         following = hops[index + 1] if index + 1 < len(hops) else None
         border = pending and pending.answer
         if following is not None:
-            border = self._histories[following.blocks.start]
+            border = self._text.borders[following.blocks.start]
         problem = problem_with(output, sent, border, is_last=following is None)
         if problem is not None:
             hop.lose(RemoteProtocolError(ErrorCode.BAD_TENSOR, problem))
@@ -325,7 +301,8 @@ class RemoteSession:
             del self._sent[step.step]
         if border is not None and output.hidden.shape[1]:
             store(border, sent, output.hidden)
-        if output.epoch == self._epoch:  # else `synced` has counted it, and perhaps it was cropped
+        # Of an older epoch `synced` has counted it, and perhaps it was cropped.
+        if output.epoch == self._text.epoch:
             for reached in hops[: index + 1] if self._flowing else [hop]:
                 reached.position = max(reached.position, end)
                 reached.last_step = max(reached.last_step, output.step)
@@ -339,7 +316,7 @@ class RemoteSession:
         self._bell.ring()
 
     def on_push_failed(self, hop: Hop, message: PushFailed) -> None:
-        if message.epoch == self._epoch and hop.pushes_to is not None:  # else we have left them
+        if message.epoch == self._text.epoch and hop.pushes_to is not None:  # else we left them
             hop.cannot_push_to = hop.pushes_to
             self._interrupt(f"{hop} cannot push: {message.message}")
 
@@ -349,15 +326,15 @@ class RemoteSession:
 
     async def _move(self, leaving: Hop) -> None:
         """To another server, which inherits what this one holds; else it ends, and we replay."""
-        hop = await self._route.prepare(leaving, self._terms, self)
+        hop = await self._route.prepare(leaving, self._text.terms, self)
         if hop is None:
             return
         async with self._lock:
             try:
                 if self._closed or self._trouble is not None or leaving not in self.hops:
                     raise SessionClosed("there is nothing to move any more")
-                self._epoch += 1
-                await self._route.replace(leaving, hop, self._epoch)
+                self._text.epoch += 1
+                await self._route.replace(leaving, hop, self._text.epoch)
                 self.moves += 1
             except SwarmError as error:
                 logger.info("%s did not take over from %s: %s", hop, leaving, error)
@@ -373,13 +350,13 @@ class RemoteSession:
 
     async def _recover(self, give_up: float) -> None:
         """A new epoch, a whole route, and histories at just its borders. Raises NoRoute."""
-        clock, pause = asyncio.get_running_loop().time, 0.0
+        clock, pause, text = asyncio.get_running_loop().time, 0.0, self._text
         while True:
-            self._epoch += 1
-            newborn = next(self._numbers)
+            text.epoch += 1
+            newborn = next(text.numbers)
             try:
                 self.recoveries += await self._route.mend(
-                    self._epoch, newborn, self._terms, self, self._patience.sync()
+                    text.epoch, newborn, text.terms, self, self._patience.sync()
                 )
                 break
             except NoRoute as error:
@@ -390,8 +367,7 @@ class RemoteSession:
             pause = self._config.timeouts.refresh  # but the first look is taken at once
             await self._router.refresh()
         self._check_open()
-        starts = (hop.blocks.start for hop in self.hops)
-        self._histories = {start: self._histories.get(start, History()) for start in starts}
+        text.borders.move(hop.blocks.start for hop in self.hops)
         # What a server had not begun when the epoch began, it has dropped.
         for number, sent in list(self._sent.items()):
             sent.awaited.intersection_update(h for h in self.hops if number <= h.last_step)

@@ -53,6 +53,7 @@ class Pending:
         first = hops[0]
         return first.position >= self.start and all(
             hop.position == first.position
+            and hop.trusted >= self.start
             and self.is_new_to(hop) == self.is_new_to(first)
             and border.length >= self.start
             for hop, border in zip(hops, borders, strict=True)
@@ -115,7 +116,7 @@ class Patience:
             self.silence = min(self.silence, max(self._recent) + self._timeouts.least)
 
     def ask(self, *, silent: bool) -> None:
-        """All are about to be asked; `silent`: as nothing came. From now on silence must be long."""
+        """All are about to be asked; `silent`: as nothing came. From now on silence is long."""
         self._asks_soon = silent and self.is_short
         self.silence = self._timeouts.step
 
@@ -184,9 +185,7 @@ class Bell:
             self._waiter.set_exception(Silent(f"nothing came for {self._silence:.3g} s"))
 
 
-def composed(
-    before: tuple[int, ...] | None, rows: Sequence[int], count: int
-) -> tuple[int, ...]:
+def composed(before: tuple[int, ...] | None, rows: Sequence[int], count: int) -> tuple[int, ...]:
     """One reorder after another. Raises ValueError if `rows` are not `count` of as many."""
     if len(rows) != count or not all(0 <= row < count for row in rows):
         raise ValueError(f"reorder must name {count} of as many rows, not {list(rows)}")
@@ -284,7 +283,7 @@ def problem_with(
     """Why an output cannot be what we asked for; `border` is where it would be kept."""
     step = sent.step
     rows, tokens, size = step.hidden.shape
-    if is_last and step.keep is not None:
+    if step.keep is not None and (is_last or not step.push):
         tokens = min(step.keep, tokens)
     if step.quiet:
         tokens = 0

@@ -67,7 +67,7 @@ class Guest:
     client: str
     priority: int
     codec: Codec
-    is_last: bool  # nobody is to be pushed to: what is not for the client is for nobody
+    is_last: bool  # nobody is pushed to: what is not for the client is for nobody
     moves: bool = False  # it can have the session handed over
 
 
@@ -297,7 +297,7 @@ class Session:
             reorder=step.reorder,
             priority=self._guest.priority,
             deadline=step.deadline_ms / 1000,
-            keep=step.keep if self._guest.is_last else None,
+            keep=step.keep if self._guest.is_last or not step.push else None,
         )
         self._ledger.applied(step)  # or the session ends
         work = await self._house.executor.submit(work)
