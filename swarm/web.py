@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -81,6 +82,10 @@ class HttpProblem(Exception):
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return JSONResponse({"error": self.body}, self.status, headers)
+
+    def event(self) -> bytes:
+        """The same in the middle of a stream."""
+        return event(json.dumps({"error": self.body}))
 
 
 async def _problem(_request: Request, problem: Exception) -> Response:

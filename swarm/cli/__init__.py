@@ -31,6 +31,11 @@ def monitor_main(argv: Sequence[str] | None = None) -> int:
     return _run("swarm-monitor", ["monitor"], argv)
 
 
+def api_main(argv: Sequence[str] | None = None) -> int:
+    """`swarm-api`."""
+    return _run("swarm-api", ["api"], argv)
+
+
 def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> int:
     """The exit status, with what people should know on stderr, never a traceback."""
     try:

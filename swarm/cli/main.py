@@ -20,6 +20,7 @@ commands:
   swarm server    the same as swarm-server: serve blocks of a model
   swarm dht       the same as swarm-dht: run a bootstrap node
   swarm monitor   the same as swarm-monitor: show all that in a browser
+  swarm api       the same as swarm-api: serve OpenAI's API, and a chat page
 
 Each has a --help of its own. To begin: `swarm demo`.
 """
@@ -65,6 +66,10 @@ def dispatch(argv: Sequence[str]) -> int:
             from swarm.cli.serve import serve_dht
 
             return serve_dht(rest)
+        case "api":
+            from swarm.cli.api import api
+
+            return api(rest)
         case "monitor":
             from swarm.cli.monitor import monitor
 
