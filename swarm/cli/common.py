@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
 import re
 import signal
@@ -15,7 +14,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NoReturn, cast
 
+from swarm import tracing
 from swarm.cli import INTERRUPTED
+from swarm.cli.logs import FORMATS, start_logging
 from swarm.errors import UsageError
 from swarm.joining import initial_peers_of, swarm_key_of
 
@@ -24,6 +25,7 @@ environment:
   SWARM_PEERS   peers to join through when --peers is not given (separated by spaces or commas)
   SWARM_KEY     the swarm key, or a file that holds it, when --swarm-key is not given
   HF_ENDPOINT, HF_TOKEN, HF_HOME   where models come from, who you are there, where they are kept
+  OTEL_EXPORTER_OTLP_ENDPOINT      where traces go (docs/running/watching.md); without it nowhere
 """
 
 
@@ -61,6 +63,12 @@ def joining_parser(prog: str, description: str) -> Parser:
         "this machine can read command lines",
     )
     add_verbose(parser)
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default="text",
+        help="of what is logged: lines for people (the default), or an object per line",
+    )
     return parser
 
 
@@ -77,10 +85,12 @@ def add_verbose(parser: Parser) -> None:
 
 
 def parse_joining(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, with `swarm_key` as a SwarmKey or None; starts logging. Raises UsageError."""
+    """The arguments, with `swarm_key` as a SwarmKey or None; starts logging, and tracing if the
+    environment asks for it. Raises UsageError."""
     arguments = parser.parse_args(argv)
     arguments.swarm_key = swarm_key_of(arguments.swarm_key)
-    start_logging(arguments.verbose)
+    start_logging(arguments.verbose, style=arguments.log_format)
+    tracing.start(parser.prog)
     return arguments
 
 
@@ -129,18 +139,6 @@ def need_peers(given: Sequence[str] | None) -> tuple[str, ...]:
         "which swarm? give --peers or set SWARM_PEERS to the address that a server printed, "
         "or start one with `swarm-server`"
     )
-
-
-def start_logging(verbose: bool, quiet: int = logging.WARNING) -> None:
-    """One line each to stderr: warnings (of ours from level `quiet` on), or all if `verbose`."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO if verbose else logging.WARNING,
-        force=True,
-    )
-    logging.getLogger("swarm").setLevel(logging.DEBUG if verbose else quiet)
 
 
 @contextmanager

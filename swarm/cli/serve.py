@@ -216,7 +216,7 @@ def serve(argv: Sequence[str]) -> int:
         from swarm.server.choice import ServerConfig
         from swarm.server.node import ServerNode
 
-    del asked["verbose"]
+    del asked["verbose"], asked["log_format"]
     peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_bytes=asked.pop("kv_bytes"))
     config = ServerConfig(peers=peers, limits=limits, **asked)
 
