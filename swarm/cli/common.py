@@ -80,6 +80,12 @@ def add_model(parser: Parser, what: str) -> None:
     parser.add_argument("--token", help="for gated or private repos (default: HF_TOKEN)")
 
 
+def add_json(parser: Parser) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="for programs: docs/cli.md names the keys, which stay"
+    )
+
+
 def add_verbose(parser: Parser) -> None:
     parser.add_argument("--verbose", "-v", action="store_true", help="log more, to stderr")
 
