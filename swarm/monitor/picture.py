@@ -205,13 +205,17 @@ def _needs(
     gaps = [len(BlockRange.parse(gap)) for gap in missing]
     usual = max(gaps or [median_low([len(h.blocks) for h in holders] or [num_blocks])])
     needs = [
-        {"blocks": str(choose_span(num_blocks, holders, size)), "count": size} for size in sizes
+        {
+            "blocks": str(choose_span(num_blocks, holders, size)),
+            "count": size,
+            "command": joining.command(model, size),
+        }
+        for size in sizes
     ]
-    fitting = [index for index, size in enumerate(sizes) if size >= usual] or [len(sizes) - 1]
-    commands = [joining.command(model, size) for size in sizes]
-    for need, command in zip(needs, commands, strict=True):
-        need["command"] = command
-    return {"needs": needs, "need": fitting[0]}
+    need = min(
+        range(len(sizes)), key=lambda i: (sizes[i] < max(gaps or [0]), abs(sizes[i] - usual))
+    )
+    return {"needs": needs, "need": need}
 
 
 def _view(model: ModelId, num_blocks: int, records: Sequence[ServerRecord]) -> SwarmView:
