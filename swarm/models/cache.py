@@ -234,6 +234,16 @@ class SpanCache(_Clocked):
             for layer in self.layers
         )
 
+    @property
+    def rows_are_one(self) -> bool:
+        """Whether all rows have the same past, in the same pages; or none, yet."""
+        if self._store.state_bytes(self.blocks, 1, 1):
+            return False
+        padding = self._padding
+        if padding is not None and not bool((padding == padding[:1]).all()):
+            return False
+        return all(row == table.rows[0] for table in self.tables.values() for row in table.rows)
+
     # Pages -----------------------------------------------------------------------------------
 
     def make_room(self, tokens: int) -> None:

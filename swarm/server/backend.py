@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -64,13 +64,18 @@ class Backend:
         failures: Failures = {}
         pieces: list[Slice] = []
         ready: list[Run] = []
+        alike: dict[int, int] = {}  # how many rows were made one, by key
         for piece in slices:
             work = works[piece.key]
             try:
                 if piece.begin == 0:
                     self._rearrange(work)
+                step = self._step(work, piece)
+                if _all_rows_alike(step):
+                    alike[piece.key] = work.cache.batch_size
+                    step = _first_row(step)
                 work.cache.make_room(piece.end - piece.begin)
-                ready.append((self._step(work, piece), work.wanted(piece)))
+                ready.append((step, work.wanted(piece)))
                 pieces.append(piece)
             except OutOfPages as error:
                 failures[piece.key] = error
@@ -84,11 +89,14 @@ class Backend:
         self.shared_passes += len(ready) > 1
         self.steps += len(ready)
         outputs = self._compute(ready)
+        for key, rows in alike.items():
+            works[key].cache.reorder([0] * rows)
         for piece, output in zip(pieces, outputs, strict=True):
             if isinstance(output, RemoteProtocolError):
                 failures[piece.key] = output
             else:
-                works[piece.key].outputs.append(output)
+                rows = alike.get(piece.key, 1)
+                works[piece.key].outputs.append(output.repeat(rows, 1, 1) if rows > 1 else output)
         return failures
 
     def _compute(self, ready: Sequence[Run]) -> list[torch.Tensor | RemoteProtocolError]:
@@ -143,3 +151,26 @@ class Backend:
             padding=inputs.pop("padding", None),
             extras=inputs,
         )
+
+
+def _all_rows_alike(step: SpanStep) -> bool:
+    """Whether one row's work would do: several beams or samples of one prompt."""
+    rows, tokens, _ = step.hidden.shape
+    if rows == 1 or tokens <= 1 or step.extras or not step.cache.rows_are_one:
+        return False
+    parts = [step.hidden, *(part for part in (step.padding, step.position_ids) if part is not None)]
+    if step.position_ids is not None and step.position_ids.ndim == 3:
+        parts[-1] = step.position_ids.transpose(0, 1)
+    return all(torch.equal(part, part[:1].expand_as(part)) for part in parts)
+
+
+def _first_row(step: SpanStep) -> SpanStep:
+    """The same work for it alone, also in its cache."""
+    step.cache.reorder([0])
+    positions = step.position_ids
+    return replace(
+        step,
+        hidden=step.hidden[:1],
+        padding=None if step.padding is None else step.padding[:1],
+        position_ids=None if positions is None else positions[..., :1, :],
+    )

@@ -91,3 +91,62 @@ def test_only_what_is_wanted_leaves_the_device(span: Span, keep: int) -> None:
         assert not backend.run([Slice(1, begin, end, last=end == 7)], {1: step})
     assert step.result().shape[1] == min(keep, 7)
     assert torch.allclose(step.result(), expected[:, max(0, 7 - keep) :], atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("padded", [False, True])
+def test_samples_of_one_prompt_are_computed_once_and_share_its_pages(
+    span: Span, padded: bool
+) -> None:
+    """Until they go apart; then each has a page of its own for what is not full yet."""
+    prompt, rows = text_of(span, PAGE + 5), 3
+    span.store.budget = (2 + rows) * PAGE * span.store.token_bytes
+    cache, backend, widths = span.open_cache(BLOCKS, rows, 1000), Backend(span), list[int]()
+    span_run = span.run
+
+    def run_watched(steps: list[SpanStep]) -> list[torch.Tensor]:
+        widths.extend(step.hidden.shape[0] for step in steps)
+        return span_run(steps)
+
+    span.run = run_watched  # type: ignore[method-assign]
+    step = work(1, cache, prompt.repeat(rows, 1, 1))
+    if padded:
+        step.inputs = {"padding": (torch.arange(PAGE + 5) > 2).repeat(rows, 1)}
+    for begin, end in ((0, 40), (40, PAGE + 5)):
+        assert not backend.run([Slice(1, begin, end, last=end > 40)], {1: step})
+    assert span.store.used == 2 * PAGE * span.store.token_bytes
+    apart = work(2, cache, text_of(span, 1) * torch.tensor([1.0, 2.0, 3.0])[:, None, None])
+    assert run(backend, apart) == set()
+    assert span.store.used == (1 + rows) * PAGE * span.store.token_bytes
+    span.store.check_integrity()
+    assert widths == [1, 1, rows]
+    cache.release()
+    fresh = span.open_cache(BLOCKS, rows, 1000)
+    span.store.budget *= 2
+    real = step.inputs.get("padding", torch.ones(rows, PAGE + 5)).bool()
+    whole = span_run([SpanStep(fresh, step.hidden, padding=step.inputs.get("padding"))])[0]
+    assert torch.allclose(step.result()[real], whole[real], atol=1e-5)
+    expected = span_run([SpanStep(fresh, apart.hidden)])[0]
+    assert torch.allclose(apart.result(), expected, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_that_differ_only_in_what_came_before_stay_apart(span: Span) -> None:
+    cache, backend = span.open_cache(BLOCKS, 2, 1000), Backend(span)
+    one = text_of(span, 4)
+    assert run(backend, work(1, cache, torch.cat([one, one * 2]))) == set()
+    same = work(2, cache, text_of(span, 3).repeat(2, 1, 1))
+    assert run(backend, same) == set()
+    assert not torch.allclose(same.result()[0], same.result()[1], atol=1e-3)
+
+
+@torch.inference_mode()
+def test_a_prompt_without_pages_keeps_its_rows(span: Span) -> None:
+    backend, cache, other = Backend(span), *(span.open_cache(BLOCKS, n, 1000) for n in (2, 1))
+    assert run(backend, work(1, other, text_of(span, 2 * PAGE))) == set()
+    step = work(2, cache, text_of(span, 2 * PAGE).repeat(2, 1, 1))
+    assert run(backend, step) == {2}
+    assert (cache.batch_size, cache.length) == (2, 0)
+    other.release()
+    assert run(backend, step) == set()
+    assert (cache.batch_size, cache.length, len(step.result())) == (2, 2 * PAGE, 2)
