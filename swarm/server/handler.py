@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 
 from swarm.config import ServerLimits
 from swarm.errors import (
@@ -60,6 +61,7 @@ class Served:
     access: Access
     certificate_digest: Callable[[], bytes]  # changes when the certificate is rotated
     record: Callable[[], bytes]  # the signed record as it was last announced
+    since: float = field(default_factory=time.monotonic)
 
 
 class Handler:
@@ -207,6 +209,7 @@ class Handler:
         counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
         counters |= {"trained": self._training.served, "training": len(self._training)}
         counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
+        counters |= {"uptime_seconds": int(time.monotonic() - self._served.since)}
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
 
     @asynccontextmanager
