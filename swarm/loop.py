@@ -32,6 +32,14 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
+def heed_cancelling(error: Exception) -> None:
+    """Before an error out of a task group is caught: Python 3.11's groups forget that their task is
+    being cancelled. Raises CancelledError."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError from error
+
+
 async def in_thread(function: Callable[[], T]) -> T:
     """Run it in a thread that does not keep the process alive if nobody waits any more."""
     loop = asyncio.get_running_loop()

@@ -215,16 +215,20 @@ class Leaving(_Frozen):
 
 
 class HandOver(_Frozen):
-    """Client to server: give what the session holds to another server's empty session for the same
-    blocks. No step may be unanswered, unless it is only to `prepare`, which is to dial there."""
+    """Client to server: give what the session holds to another server's session for the same
+    blocks, of which no step is known.
+
+    To `dial` there is all that is done before it is needed. `ahead` copies what is held by now
+    while steps go on; `rest` copies what came to it since, and no step may be unanswered.
+    """
 
     kind: Literal["hand_over"] = "hand_over"
     next: PushTarget
-    prepare: bool = False
+    stage: Literal["dial", "ahead", "rest"] = "rest"
 
 
 class HandedOver(_Frozen):
-    """Server to client: that session has all `position` tokens now; None: it has not, and why."""
+    """Server to client: that session has `position` tokens now; None: it has not, and why."""
 
     kind: Literal["handed_over"] = "handed_over"
     position: Position | None
@@ -232,13 +236,14 @@ class HandedOver(_Frozen):
 
 
 class Inherit(_Frozen):
-    """Server to server, on a push stream: what a session of `length` tokens holds will follow.
+    """Server to server, on a push stream: tokens `[start, length)` of what a session holds follow.
 
-    `padding` is bool [B, length], True for real tokens; None: all are. When all has come, the
-    receiver says the same back, without padding.
+    What the receiver has from `start` on, it forgets. `padding` is bool [B, length], True for real
+    tokens; None: all are. When all has come, the receiver says the same back, without padding.
     """
 
     kind: Literal["inherit"] = "inherit"
+    start: Position = 0
     length: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     padding: TensorFrame | None = None
 

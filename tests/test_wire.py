@@ -142,10 +142,13 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     Redirect: st.builds(Redirect, next=st.none() | targets),
     PushFailed: st.builds(PushFailed, epoch=counts, step=counts, message=texts),
     Leaving: st.builds(Leaving),
-    HandOver: st.builds(HandOver, next=targets),
+    HandOver: st.builds(HandOver, next=targets, stage=st.sampled_from(["dial", "ahead", "rest"])),
     HandedOver: st.builds(HandedOver, position=st.none() | positions, message=texts),
     Inherit: st.builds(
-        Inherit, length=st.integers(1, messages.MAX_TOKENS), padding=st.none() | tensors()
+        Inherit,
+        start=st.integers(0, 9),
+        length=st.integers(1, messages.MAX_TOKENS),
+        padding=st.none() | tensors(),
     ),
     Heritage: st.builds(Heritage, layer=blocks, start=positions, keys=tensors(), values=tensors()),
     Close: st.builds(Close),

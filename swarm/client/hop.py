@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.errors import (
@@ -197,15 +197,18 @@ class Hop:
             self.send(Redirect(next=target))
             await self._ask(epoch, timeout)
 
-    async def hand_over(self, target: PushTarget, timeout: float) -> None:
-        """Have it give what it holds to an empty session elsewhere; no step may be unanswered.
+    async def hand_over(
+        self, target: PushTarget, stage: Literal["ahead", "rest"], timeout: float
+    ) -> int:
+        """Have it give what it holds to a session elsewhere: `ahead`, or the `rest` of it when no
+        step is unanswered. Returns how many positions that session has now.
 
-        Raises SwarmError: that session cannot be used, but this one still may.
+        Raises SwarmError: it cannot be used, but this one still may.
         """
         if self.failure is not None:
             raise afresh(self.failure)
         self._handed_over = asyncio.get_running_loop().create_future()
-        self.send(HandOver(next=target))
+        self.send(HandOver(next=target, stage=stage))
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._handed_over
@@ -213,8 +216,9 @@ class Hop:
             raise PeerUnavailable(f"{self.endpoint} handed nothing over in {timeout:g} s") from None
         finally:
             self._handed_over = None
-        if answer.position != self.position:
+        if answer.position is None:
             raise PeerUnavailable(f"{self.endpoint} handed nothing over: {answer.message}")
+        return answer.position
 
     async def _ask(self, epoch: int, timeout: float) -> None:
         if not self.alive:

@@ -25,6 +25,8 @@ from swarm.transport import Endpoint, Transport
 from swarm.types import BlockRange
 
 _CANDIDATES = 4  # to take over from a server that leaves
+_COPIES = 2  # ahead of a hand-over: what came to it during the first one takes the second
+_FEW = 32  # positions that may be left for the pause
 # Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
 _INNOCENT = {ErrorCode.CANNOT_REWIND, ErrorCode.GAP}
 
@@ -126,21 +128,37 @@ class Route:
             hop = Hop(server, blocks, terms)
             await self._open(hop, leaving.pushes_to, 0, listener)
             if hop.alive:
-                before = next((h for h in self.hops if h.blocks.end == leaving.blocks.start), None)
-                for pusher in (leaving, before):
-                    if pusher is not None and pusher.hands_over:
-                        pusher.send(HandOver(next=hop.target, prepare=True))
+                self._acquaint(hop)
                 return hop
             self._blame(hop)
         return None
 
+    def _acquaint(self, hop: Hop) -> None:
+        """Have those dial each other who will, once `hop` is in the route."""
+        for pusher in self.hops:
+            if pusher.blocks.end == hop.blocks.start and pusher.hands_over:
+                pusher.send(HandOver(next=hop.target, stage="dial"))
+            elif pusher.blocks.start == hop.blocks.end and hop.hands_over:
+                hop.send(HandOver(next=pusher.target, stage="dial"))
+
+    async def copy(self, leaving: Hop, hop: Hop) -> None:
+        """`leaving` gives `hop`, which is prepared, most of what it holds, while steps go on.
+
+        Raises SwarmError.
+        """
+        for _ in range(_COPIES):
+            held = await leaving.hand_over(hop.target, "ahead", self._timeouts.connect)
+            if leaving.position - held <= _FEW:
+                return
+
     async def replace(self, leaving: Hop, hop: Hop, epoch: int) -> None:
-        """`leaving` gives `hop`, which is prepared, what it holds, and `hop` takes its place.
+        """`leaving` gives `hop` the rest of what it holds, and `hop` takes its place.
 
         Between steps only. Raises SwarmError: the route is as it was.
         """
-        timeout = self._timeouts.connect
-        await leaving.hand_over(hop.target, timeout)
+        held = await leaving.hand_over(hop.target, "rest", self._timeouts.connect)
+        if held != leaving.position:
+            raise PeerUnavailable(f"{leaving} handed over {held} of {leaving.position} positions")
         hop.last_step = leaving.last_step
         await hop.redirect(leaving.pushes_to, epoch, self._timeouts.sync)
         await hop.sync(epoch, self._timeouts.sync)

@@ -17,6 +17,7 @@ import torch
 from swarm.client.history import Borders, History
 from swarm.client.hop import Hop, Terms
 from swarm.client.pace import Pace
+from swarm.client.recoveries import Recoveries
 from swarm.client.route import Interrupted, Route, Router, Silent
 from swarm.client.steps import (
     Bell,
@@ -43,6 +44,7 @@ from swarm.errors import (
 from swarm.identity import Access
 from swarm.messages import MAX_TOKENS, Output, PushFailed
 from swarm.tensors import TORCH_DTYPES, to_frame
+from swarm.tracing import Trails
 from swarm.transport import Transport
 from swarm.types import BlockRange
 
@@ -84,11 +86,17 @@ class RemoteSession:
         self._patience = Patience(config.timeouts)
         self._lock, self._closed = asyncio.Lock(), False
         self._moves: set[asyncio.Task[None]] = set()
+        self._trails = Trails(str(terms.model), str(blocks))
 
     @property
     def hops(self) -> list[Hop]:
         """The present route, in the order of the blocks."""
         return self._route.hops
+
+    @property
+    def log(self) -> Recoveries:
+        """Why somebody had to be replaced, and how long that took."""
+        return self._route.recoveries
 
     def rollback(self, position: int) -> None:
         """The next step begins at `position`; what came after it never was."""
@@ -116,22 +124,26 @@ class RemoteSession:
             self._check_open()
             if hidden.shape[1] == 0:
                 return hidden
-            await self._begin(hidden, inputs or {}, keep)
-            assert self._pending is not None
-            try:
-                await self._finish(self._pending)
-                self.position = self._pending.end
-                answer = self._pending.answer.read(self._pending.wanted, self._pending.end)
-                return answer[:, -keep:] if keep else answer
-            except BaseException:
-                # The position stays; what servers computed beyond it is cropped by the next step.
-                self._trouble = "the last step was not finished"
-                if self._pending.reorder is not None:  # who knows which of them applied it
-                    for hop in self.hops:
-                        hop.lose(SessionClosed("a reorder was cut short"))
-                raise
-            finally:
-                self._pending, self._flowing = None, False
+            with self._trails.step(self.position, hidden.shape[1]) as self._text.trace:
+                await self._begin(hidden, inputs or {}, keep)
+                assert self._pending is not None
+                return await self._carry_out(self._pending, keep)
+
+    async def _carry_out(self, pending: Pending, keep: int | None) -> torch.Tensor:
+        try:
+            await self._finish(pending)
+            self.position = pending.end
+            answer = pending.answer.read(pending.wanted, pending.end)
+            return answer[:, -keep:] if keep else answer
+        except BaseException:
+            # The position stays; what servers computed beyond it is cropped by the next step.
+            self._trouble = "the last step was not finished"
+            if pending.reorder is not None:  # who knows which of them applied it
+                for hop in self.hops:
+                    hop.lose(SessionClosed("a reorder was cut short"))
+            raise
+        finally:
+            self._pending, self._flowing = None, False
 
     async def close(self) -> None:
         """Free the servers; a step that is under way raises SessionClosed."""
@@ -142,6 +154,7 @@ class RemoteSession:
             await asyncio.wait(self._moves)
         async with self._lock:  # until that step has noticed
             await self._route.close()
+        self._trails.end()
 
     async def _begin(
         self, hidden: torch.Tensor, inputs: Mapping[str, torch.Tensor], keep: int | None
@@ -187,6 +200,7 @@ class RemoteSession:
             whole = self._trouble is None
             try:
                 if not whole:
+                    self.log.noticed(clock())
                     await self._recover(give_up)
                     whole = True
                     if not pending.is_next_for(self.hops, self._borders(pending)):
@@ -195,14 +209,17 @@ class RemoteSession:
                     await self._flow(pending)
                 if self.recoveries == replaced:
                     self._patience.learn(pending, clock() - begun)
+                self.log.done(clock(), pending.start)
                 return
             except Interrupted as error:
                 logger.info("session interrupted: %s", error)
                 self._trouble = str(error)
-                if isinstance(error, Silent) and not self._patience.is_short:
+                silent = isinstance(error, Silent)
+                self.log.noticed(clock(), self._patience.silence if silent else 0.0)
+                if silent and not self._patience.is_short:
                     owing = next((sent.awaited for sent in self._sent.values()), set[Hop]())
                     self._route.suspect(owing, self._flowing, error)
-                self._patience.ask(silent=isinstance(error, Silent))
+                self._patience.ask(silent=silent)
                 if whole:  # another disaster, to be mended in a time of its own
                     disasters, give_up = disasters + 1, clock() + patience
                 elif clock() > give_up:
@@ -329,6 +346,10 @@ class RemoteSession:
         hop = await self._route.prepare(leaving, self._text.terms, self)
         if hop is None:
             return
+        try:
+            await self._route.copy(leaving, hop)
+        except SwarmError as error:
+            logger.info("%s copied nothing to %s ahead: %s", leaving, hop, error)
         async with self._lock:
             try:
                 if self._closed or self._trouble is not None or leaving not in self.hops:

@@ -22,6 +22,7 @@ class Text:
     patience: float  # of servers, after which a step need not be computed any more
     epoch: int = 0
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    trace: str = ""  # what the steps carry that are made now (`Step.trace`)
 
     def step(
         self,
@@ -47,6 +48,7 @@ class Text:
             inputs=self.borders.read_inputs(begin, end),
             crop_to=begin if crop and hop.position > begin else None,
             reorder=reorder,
+            trace=self.trace,
             deadline_ms=max(1, int(self.patience * 1000)),
         )
 

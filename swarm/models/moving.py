@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from swarm.models.cache import PagedLayer, SpanCache
 from swarm.models.pages import PAGE
 from swarm.models.passes import KindPass, Segment
@@ -38,14 +38,27 @@ def kinds_of(cache: SpanCache, store: KvStore) -> list[tuple[int, Kind]]:
     return [(layer, kind) for kind in store.kinds(cache.blocks) for layer in store.layers_of(kind)]
 
 
+def slides(cache: SpanCache, store: KvStore) -> bool:
+    """Whether some layers forget what lies far back."""
+    return any(kind.window is not None for kind in store.kinds(cache.blocks))
+
+
 @torch.inference_mode()
-def read_layer(cache: SpanCache, store: KvStore, layer: int, kind: Kind, most: int) -> list[Part]:
-    """All that a layer still holds, on the CPU, in parts of at most `most` bytes (or one token)."""
+def read_layer(
+    cache: SpanCache, store: KvStore, layer: int, kind: Kind, positions: range, most: int
+) -> list[Part]:
+    """What a layer still holds of these positions, on the CPU, in parts of at most `most` bytes (or
+    one token). Raises LocalProtocolError if they are not all there any more."""
+    if cache.length < positions.stop:
+        raise LocalProtocolError("the text went back while it was copied")
     # A segment that has come already: nothing is written, all of it is gathered.
-    segment = Segment(cache.tables, cache.length - 1, 0, cache.batch_size, 1)
+    segment = Segment(cache.tables, positions.stop - 1, 0, cache.batch_size, 1)
     run = KindPass(store, kind, [segment])
-    keys, values = (part.to("cpu") for part in run.gather(layer, segment))
     first = run.first_slot(segment)
+    skip = max(0, positions.start - first) // PAGE
+    before = max(0, positions.start - first - skip * PAGE)
+    first += skip * PAGE + before
+    keys, values = (part[:, :, before:].to("cpu") for part in run.gather(layer, segment, skip))
     width = max(1, most // max(1, _token_bytes(keys) + _token_bytes(values)))
     return [
         Part(layer, first + at, keys[:, :, at : at + width], values[:, :, at : at + width])
@@ -58,13 +71,14 @@ def _token_bytes(part: Tensor) -> int:
 
 
 class Arrival:
-    """Fills an empty cache with `length` tokens that another server computed.
+    """Fills a cache with tokens `[start, length)` that another server computed.
 
     Whatever does not fit raises RemoteProtocolError (BAD_TENSOR, GAP): it comes from strangers.
     """
 
-    def __init__(self, cache: SpanCache, store: KvStore, length: int) -> None:
+    def __init__(self, cache: SpanCache, store: KvStore, start: int, length: int) -> None:
         self._cache, self._store, self._length = cache, store, length
+        self._start: int | None = start  # until the cache was made ready for it
         self._kinds = dict(kinds_of(cache, store))
         self._ends: dict[int, int] = {}  # what came of each layer
 
@@ -75,7 +89,9 @@ class Arrival:
 
     @torch.inference_mode()
     def add(self, part: Part) -> None:
-        """Parts of a layer come in order. Raises OutOfPages, too."""
+        """Parts of a layer come in order. Raises OutOfPages, CannotRewind, too."""
+        if self._start is not None:
+            self._go_back(self._start)
         kind = self._kinds.get(part.layer)
         if kind is None:
             raise _bad(f"layer {part.layer} is not kept in pages here")
@@ -106,7 +122,16 @@ class Arrival:
         if padding is not None and (padding.shape, padding.dtype) != (shape, torch.bool):
             raise _bad(f"padding is {padding.dtype}{list(padding.shape)}")
         mask = None if padding is None else padding.to(self._store.device)
-        cache.commit(self._length, mask)
+        cache.commit(self._length - cache.length, mask)
+
+    def _go_back(self, start: int) -> None:
+        """Forget what the cache holds from `start` on, and whatever broke off half way."""
+        self._start, cache = None, self._cache
+        cache.crop(start)
+        cache.settle()
+        if start:
+            cache.make_room(self._length - start)
+            self._ends = dict.fromkeys(self._kinds, start)
 
     def _settle_in(self, kind: Kind, start: int) -> int:
         """Pages for a kind's layers, of which the first one has come: windows begin later."""

@@ -227,11 +227,12 @@ class KindPass:
         packed = [place for segment in members for place in range(segment.start, segment.end)]
         return Group(reading, members, torch.tensor(packed, device=self.device))
 
-    def gather(self, layer: int, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Copies of a session's keys and values, `[rows, heads, total - first_slot, dim]`."""
+    def gather(self, layer: int, segment: Segment, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """Copies of a session's keys and values, `[rows, heads, total - first_slot, dim]`, without
+        so many pages in front."""
         table = segment.tables[self.kind]
-        room = len(table.rows[0])
-        runs = [_runs(self.slabs, row) for row in table.rows]
+        room = len(table.rows[0]) - skip
+        runs = [_runs(self.slabs, row[skip:]) for row in table.rows]
         copies: list[Tensor] = []
         for which in (0, 1):
             like = self.slabs[0].layers[layer][which]
@@ -241,7 +242,8 @@ class KindPass:
                 for run in parts:
                     held = run.slab.layers[layer][which][run.first : run.last]
                     copy[row, :, run.begin : run.end] = held.transpose(0, 1)
-            copies.append(copy.flatten(2, 3)[:, :, : segment.total - self.first_slot(segment)])
+            left = segment.total - self.first_slot(segment) - skip * PAGE
+            copies.append(copy.flatten(2, 3)[:, :, :left])
         return copies[0], copies[1]
 
     def rectangle(self, layer: int) -> tuple[Tensor, Tensor]:

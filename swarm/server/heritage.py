@@ -7,17 +7,21 @@ layer is read or written between two passes, so that others' steps do not wait f
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from swarm.errors import (
+    CannotRewind,
     ErrorCode,
     LocalProtocolError,
     OutOfPages,
     PeerUnavailable,
     RemoteProtocolError,
+    SwarmError,
 )
-from swarm.messages import Heritage, Inherit, Message, Refused
-from swarm.models.moving import Arrival, Part, can_move, kinds_of, read_layer
+from swarm.loop import heed_cancelling
+from swarm.messages import HandedOver, Heritage, Inherit, Message, PushTarget, Refused
+from swarm.models.moving import Arrival, Part, can_move, kinds_of, read_layer, slides
 from swarm.models.spans import SpanCache
 from swarm.models.storage import KvStore
 from swarm.server.executor import Executor
@@ -28,10 +32,63 @@ from swarm.wire import decode, encode
 _PART_BYTES = 1 << 20  # of keys and values in one frame
 
 
+Give = Callable[[PushTarget, SpanCache, range], Awaitable[None]]
+"""Copies these positions to a session elsewhere (`give`, with a stream). Raises SwarmError."""
+
+
+class Giver:
+    """Copies what a session holds to another one: most of it while steps go on, then the rest."""
+
+    def __init__(self, cache: SpanCache, store: KvStore, give: Give) -> None:
+        self._cache, self._store, self._give = cache, store, give
+        self._target = b""  # the session that gets it
+        self._promised = self._sound = 0  # positions that it is to have, and that it has for good
+        self._copying: asyncio.Future[None] | None = None
+
+    def changed(self, position: int) -> None:
+        """From there on the text is another one."""
+        self._promised, self._sound = min(self._promised, position), min(self._sound, position)
+
+    async def ahead(self, target: PushTarget, length: int) -> HandedOver:
+        """The first `length` positions, and no step waits for it. Between two of them it begins."""
+        if self._copying is not None or slides(self._cache, self._store):
+            return HandedOver(position=0)  # windows may have slid on before all is there
+        self._target, self._promised, self._sound = target.session_id, length, 0
+        self._copying = asyncio.get_running_loop().create_future()
+        try:
+            answer = await self._hand_over(target, range(length))
+            self._sound = self._promised if answer.position is not None else 0
+        finally:
+            self._copying.set_result(None)
+            self._copying = None
+        return answer
+
+    async def rest(self, target: PushTarget, length: int) -> HandedOver:
+        """All of the `length` positions that is not there yet; no step may be on its way."""
+        if self._copying is not None:
+            await self._copying
+        sound = self._sound if target.session_id == self._target else 0
+        return await self._hand_over(target, range(min(sound, max(0, length - 1)), length))
+
+    async def _hand_over(self, target: PushTarget, positions: range) -> HandedOver:
+        try:
+            if positions:
+                await self._give(target, self._cache, positions)
+        except SwarmError as error:
+            heed_cancelling(error)
+            return HandedOver(position=None, message=str(error)[:200])
+        return HandedOver(position=positions.stop)
+
+
 async def give(
-    stream: Stream, cache: SpanCache, store: KvStore, executor: Executor, timeout: float
+    stream: Stream,
+    cache: SpanCache,
+    positions: range,
+    store: KvStore,
+    executor: Executor,
+    timeout: float,
 ) -> None:
-    """All that a session of at least one token holds, by a push stream that is attached.
+    """These positions, of at least one token, by a push stream that is attached.
 
     Returns when the other end has it; each frame and layer may take `timeout` seconds. Raises
     PeerUnavailable, LocalProtocolError.
@@ -43,11 +100,11 @@ async def give(
         async with asyncio.timeout(timeout):
             await stream.send(encode(message))
 
-    padding = None if cache.padding is None else to_frame(cache.padding)
+    padding = None if cache.padding is None else to_frame(cache.padding[:, : positions.stop])
     try:
-        await send(Inherit(length=cache.length, padding=padding))
+        await send(Inherit(start=positions.start, length=positions.stop, padding=padding))
         for layer, kind in kinds_of(cache, store):
-            read = partial(read_layer, cache, store, layer, kind, _PART_BYTES)
+            read = partial(read_layer, cache, store, layer, kind, positions, _PART_BYTES)
             async with asyncio.timeout(timeout):
                 parts = await executor.call(read)
             for part in parts:
@@ -60,12 +117,12 @@ async def give(
     answer = None if frame is None else decode(frame)
     if isinstance(answer, Refused):
         raise PeerUnavailable(f"refused: {answer.message}")
-    if not isinstance(answer, Inherit) or answer.length != cache.length:
+    if not isinstance(answer, Inherit) or answer.length != positions.stop:
         raise PeerUnavailable("the other server did not say that it has all")
 
 
 class Estate:
-    """What comes to a session that is still empty."""
+    """What comes to a session that has computed nothing itself."""
 
     def __init__(
         self, inherit: Inherit, cache: SpanCache, store: KvStore, executor: Executor
@@ -80,9 +137,15 @@ class Estate:
                 ErrorCode.TOO_LONG, f"the session was opened for {cache.max_length} positions"
             )
         self.length = inherit.length
+        self.is_complete = False
+        self._revoked = False
         self._padding = None if inherit.padding is None else from_frame(inherit.padding)
-        self._arrival = Arrival(cache, store, inherit.length)
+        self._arrival = Arrival(cache, store, inherit.start, inherit.length)
         self._executor = executor
+
+    def revoke(self) -> None:
+        """Take nothing any more: it begins anew."""
+        self._revoked = True
 
     async def add(self, part: Heritage) -> bool:
         """Whether that was all. Raises RemoteProtocolError."""
@@ -92,12 +155,17 @@ class Estate:
         keys, values = map(from_frame, frames)
 
         def job() -> bool:
+            if self._revoked:
+                raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "heritage of an older inherit")
             self._arrival.add(Part(part.layer, part.start, keys, values))
             if self._arrival.is_complete:
                 self._arrival.finish(self._padding)
             return self._arrival.is_complete
 
         try:
-            return await self._executor.call(job)
+            self.is_complete = await self._executor.call(job)
+            return self.is_complete
         except OutOfPages as error:
             raise RemoteProtocolError(ErrorCode.BUSY, str(error), retry_after=1.0) from None
+        except CannotRewind as error:
+            raise RemoteProtocolError(ErrorCode.CANNOT_REWIND, str(error)) from None

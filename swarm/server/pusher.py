@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from swarm.errors import PeerUnavailable, RemoteProtocolError, SwarmError
+from swarm.loop import heed_cancelling
 from swarm.messages import Attach, PushTarget, Refused, Step
 from swarm.models.spans import SpanCache
 from swarm.models.storage import KvStore
@@ -80,15 +81,20 @@ class Pusher:
             logger.info("cannot be reached: %s", str(error))
 
     async def give(
-        self, target: PushTarget, cache: SpanCache, store: KvStore, executor: Executor
+        self,
+        store: KvStore,
+        executor: Executor,
+        target: PushTarget,
+        cache: SpanCache,
+        positions: range,
     ) -> None:
-        """What a session holds, to an empty one elsewhere. Raises SwarmError."""
+        """What a session holds there, to one elsewhere. Raises SwarmError."""
         timeout = self._timeout
         dial_timeout = min(timeout, _DIAL_SECONDS)
         stream = await self._transport.open_stream(self._resolve(target), "push", dial_timeout)
         try:
             await self._send(stream, Attach(session_id=target.session_id, ticket=target.ticket))
-            await give(stream, cache, store, executor, timeout)
+            await give(stream, cache, positions, store, executor, timeout)
         finally:
             stream.cancel()
 
@@ -147,14 +153,6 @@ class Pusher:
         if isinstance(message, Refused):
             raise PeerUnavailable(f"refused: {message.message} [{message.code}]")
         raise PeerUnavailable("the next hop ended the stream")
-
-
-def heed_cancelling(error: SwarmError) -> None:
-    """Before an error out of a task group is caught: Python 3.11's groups forget that their task is
-    being cancelled. Raises CancelledError."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError from error
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 
 from swarm.config import ServerLimits
-from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError
+from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
 from swarm.messages import (
     Close,
-    HandedOver,
     HandOver,
     Heritage,
     Inherit,
@@ -37,9 +37,9 @@ from swarm.models.storage import KvStore
 from swarm.protocol import Conversation, Ledger, Verdict
 from swarm.server.backend import Work
 from swarm.server.executor import Executor
-from swarm.server.heritage import Estate
+from swarm.server.heritage import Estate, Giver
 from swarm.server.holdings import Holdings
-from swarm.server.pusher import Pusher, first_error, heed_cancelling
+from swarm.server.pusher import Pusher, first_error
 from swarm.tensors import from_frame, inputs_from_frames, to_frame
 from swarm.transport import Stream
 from swarm.types import Codec
@@ -104,8 +104,11 @@ class Session:
         self._held = 0  # bytes, of `house.holdings`
         self._kept: tuple[Step, float] | None = None  # as it was pushed, and its compute_ms
         self._pusher_here: Stream | None = None  # by which the hop before pushes
-        self._preparing: asyncio.Task[None] | None = None  # to hand over
+        give = partial(pusher.give, house.store, house.executor)
+        self._giver = Giver(cache, house.store, give)
+        self._aside: asyncio.Task[None] | None = None  # what goes on while steps are computed
         self._estate: Estate | None = None  # that another server is giving us
+        self._stepped = False  # since a step came, it must not
         self._clock = asyncio.get_running_loop().time
         self._last_sign = self._clock()  # of life
 
@@ -117,7 +120,7 @@ class Session:
                 answering = tasks.create_task(self._answer(stream))
                 working = [
                     answering,
-                    tasks.create_task(self._compute()),
+                    tasks.create_task(self._compute(tasks)),
                     tasks.create_task(self._pusher.run(self._push_failed)),
                     tasks.create_task(self._watch()),
                 ]
@@ -126,7 +129,7 @@ class Session:
                 except RemoteProtocolError as error:
                     await self._send(error)
                     await answering
-                for task in [*working, *([self._preparing] if self._preparing else [])]:
+                for task in [*working, *([self._aside] if self._aside else [])]:
                     task.cancel()
         except BaseExceptionGroup as group:
             raise first_error(group) from None
@@ -159,25 +162,32 @@ class Session:
         """
         self._last_sign = self._clock()
         if isinstance(message, Inherit):
-            if self._ledger.position or self._ledger.last_step >= 0 or self._estate is not None:
+            if self._stepped or message.start > self._ledger.position:
                 raise RemoteProtocolError(
-                    ErrorCode.OUT_OF_ORDER, "only a session that is empty can inherit"
+                    ErrorCode.OUT_OF_ORDER,
+                    f"a session of {self._ledger.position} positions that has seen "
+                    f"{'a step' if self._stepped else 'no step'} cannot inherit from "
+                    f"{message.start} on",
                 )
+            if self._estate is not None:
+                self._estate.revoke()
             house = self._house
             self._estate = Estate(message, self._cache, house.store, house.executor)
             return None
         if self._estate is None:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "heritage without inherit")
-        if not await self._estate.add(message):
+        estate = self._estate
+        if not await estate.add(message):
             return None
-        self._ledger.inherited(self._estate.length)
-        self._counters.inherited += 1
-        return Inherit(length=self._estate.length)
+        self._counters.inherited += not self._ledger.position
+        self._ledger.inherited(estate.length)
+        return Inherit(length=estate.length)
 
     async def _accept(self, step: Step) -> None:
         """Puts it behind the others. Raises RemoteProtocolError BUSY, OUT_OF_ORDER."""
-        if self._estate is not None and not self._ledger.position:
+        if self._estate is not None and not self._estate.is_complete:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "a step before all was inherited")
+        self._stepped = True
         size = len(step.hidden.data)
         self._house.holdings.take(self._guest.client, size)
         self._held += size
@@ -215,9 +225,8 @@ class Session:
                     await self._accept(step)
                 case Redirect(next=target):
                     self._pusher.redirect(target)
-                case HandOver(next=target, prepare=True):
-                    if self._preparing is None or self._preparing.done():
-                        self._preparing = tasks.create_task(self._pusher.prepare(target))
+                case HandOver(next=target, stage="dial"):
+                    self._start(tasks, self._pusher.prepare(target))
                 case HandOver() as wish:
                     await self._inbox.put(wish)
                 case _:  # the table lets nothing else through
@@ -231,14 +240,28 @@ class Session:
         why = f"nothing came for {patience:g} s"
         await self._send(RemoteProtocolError(ErrorCode.DEADLINE, why))
 
-    async def _compute(self) -> None:
+    def _start(self, tasks: asyncio.TaskGroup, aside: Coroutine[None, None, None]) -> None:
+        """One at a time, or a client could start any number."""
+        if self._aside is None or self._aside.done():
+            self._aside = tasks.create_task(aside)
+        else:
+            aside.close()
+
+    async def _copy(self, target: PushTarget, length: int) -> None:
+        await self._send(await self._giver.ahead(target, length))
+
+    async def _compute(self, tasks: asyncio.TaskGroup) -> None:
         try:
             while True:
                 match await self._inbox.get():
                     case Step() as step:
                         await self._step(step)
+                    case HandOver(next=target, stage="ahead"):
+                        self._start(tasks, self._copy(target, self._ledger.position))
                     case HandOver(next=target):
-                        await self._send(await self._hand_over(target))
+                        answer = await self._giver.rest(target, self._ledger.position)
+                        self._counters.handed_over += answer.position is not None
+                        await self._send(answer)
         except RemoteProtocolError as error:
             await self._send(error)
 
@@ -275,17 +298,6 @@ class Session:
         if verdict is Verdict.COMPUTE:
             self._house.executor.meters.stepped(step, begin, done, compute_ms)
 
-    async def _hand_over(self, target: PushTarget) -> HandedOver:
-        house, position = self._house, self._ledger.position
-        try:
-            if position:
-                await self._pusher.give(target, self._cache, house.store, house.executor)
-        except SwarmError as error:
-            heed_cancelling(error)
-            return HandedOver(position=None, message=str(error)[:200])
-        self._counters.handed_over += 1
-        return HandedOver(position=position)
-
     async def _apply(self, step: Step) -> None:
         work = Work(
             key=self._house.executor.next_key(),
@@ -299,6 +311,8 @@ class Session:
             deadline=step.deadline_ms / 1000,
             keep=step.keep if self._guest.is_last or not step.push else None,
         )
+        if step.reorder is not None or step.crop_to is not None:
+            self._giver.changed(0 if step.reorder is not None else step.start)
         self._ledger.applied(step)  # or the session ends
         work = await self._house.executor.submit(work)
         hidden = to_frame(work.result(), self._guest.codec)

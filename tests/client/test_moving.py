@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 import torch
 
@@ -107,6 +109,42 @@ def test_a_step_in_the_middle_of_which_it_says_so_is_finished_first() -> None:
         house.swarm.trap(fits, act)
         twin.step()
         moved(twin, 1)
+        twin.step()
+
+
+@pytest.mark.parametrize("back", [0, 3, 18])
+def test_the_text_goes_on_while_it_is_copied(back: int) -> None:
+    """And may go back, even before what was copied already: the rest is what is missing then."""
+
+    def fits(source: str, destination: str, method: str, message: Message) -> bool:
+        return isinstance(message, Heritage)
+
+    async def act() -> Fate:
+        await gate.wait()
+        return Fate.DELIVER
+
+    async def new_gate() -> asyncio.Event:
+        return asyncio.Event()
+
+    async def open_gate() -> None:
+        gate.set()
+
+    with House() as house, house.twin() as twin:
+        gate = house.swarm.loop.call(new_gate())
+        twin.step(20)
+        leaving = twin.serving(1)
+        trap = house.swarm.trap(fits, act)
+        leave(house, leaving)
+        house.swarm.wait_until(lambda: trap.sprung)
+        twin.step()
+        twin.rollback(twin.session.position - back)
+        twin.step(2)
+        assert twin.session.moves == 0
+        house.swarm.loop.call(open_gate())
+        moved(twin, 1)
+        assert passes(twin.serving(1)) == 0
+        twin.step(3)
+        twin.rollback(2)
         twin.step()
 
 
