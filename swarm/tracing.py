@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from swarm.errors import UsageError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.trace import Span, Tracer
+    from opentelemetry.trace import Tracer
 
 ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _SCOPE = "swarm"
@@ -61,42 +62,35 @@ def stop() -> None:
     _tracer = None
 
 
-class Trail:
-    """A client's span, and those below it. None stands for it where nothing is traced."""
+class Trails:
+    """The spans of a client's session: one for all of it, below the caller's own if that traces,
+    and one for each step. None, if nothing is traced when the session is made."""
 
-    def __init__(self, tracer: Tracer, span: Span) -> None:
-        self._tracer, self._span = tracer, span
+    def __init__(self, model: str, blocks: str) -> None:
+        self._tracer = _tracer
+        about = {"swarm.model": model, "swarm.blocks": blocks}
+        self._root = _tracer.start_span("swarm.session", attributes=about) if _tracer else None
 
-    @property
-    def parent(self) -> str:
-        """Its id, for those who go on with the trace elsewhere; "" if it is not sampled."""
-        context = self._span.get_span_context()
-        if not context.trace_flags.sampled:
-            return ""
-        return f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
-
-    def below(self, name: str, attributes: Attributes) -> Trail:
-        """A span that begins now, with this one for a parent."""
+    @contextmanager
+    def step(self, start: int, tokens: int) -> Generator[str]:
+        """Around a step of so many tokens: what it is to carry, for those who go on with the trace
+        elsewhere; "" if it is not traced, or not sampled."""
+        if self._tracer is None or self._root is None:
+            yield ""
+            return
         from opentelemetry.trace import set_span_in_context
 
-        context = set_span_in_context(self._span)
-        return Trail(self._tracer, self._tracer.start_span(name, context, attributes=attributes))
+        about = {"swarm.start": start, "swarm.tokens": tokens}
+        above = set_span_in_context(self._root)
+        with self._tracer.start_as_current_span("swarm.step", above, attributes=about) as span:
+            context = span.get_span_context()
+            sampled = context.trace_flags.sampled
+            name = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+            yield name if sampled else ""
 
-    def note(self, event: str, attributes: Attributes) -> None:
-        """Something that happened meanwhile."""
-        self._span.add_event(event, attributes)
-
-    def end(self, error: BaseException | None = None) -> None:
-        if error is not None:
-            self._span.record_exception(error)
-        self._span.end()
-
-
-def begin(name: str, attributes: Attributes) -> Trail | None:
-    """A span that begins now, below the caller's own if it traces; None if nothing is traced."""
-    if _tracer is None:
-        return None
-    return Trail(_tracer, _tracer.start_span(name, attributes=attributes))
+    def end(self) -> None:
+        if self._root is not None:
+            self._root.end()
 
 
 def record_hop(parent: str, phases: Iterable[tuple[str, float]], attributes: Attributes) -> None:
@@ -104,13 +98,15 @@ def record_hop(parent: str, phases: Iterable[tuple[str, float]], attributes: Att
     the step. Nothing if nothing is traced."""
     if _tracer is None:
         return
-    from opentelemetry.trace import set_span_in_context
+    from opentelemetry.trace import get_current_span, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     told = list(phases)
     end = time.time_ns()
     at = end - sum(int(seconds * 1e9) for _, seconds in told)
     context = TraceContextTextMapPropagator().extract({"traceparent": parent})
+    if not get_current_span(context).get_span_context().is_valid:
+        return  # an id of zeros
     hop = _tracer.start_span("swarm.hop", context, attributes=attributes, start_time=at)
     inside = set_span_in_context(hop, context)
     for phase, seconds in told:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from swarm.client.hop import Hop, Terms
 from swarm.client.pace import Pace
+from swarm.client.recoveries import Recovery
 from swarm.client.route import Router
 from swarm.client.session import RemoteSession
 from swarm.config import ClientConfig
@@ -103,6 +104,11 @@ class InferenceSession:
     def recoveries(self) -> int:
         """How often a hop was replaced."""
         return 0 if self._remote is None else self._remote.recoveries
+
+    @property
+    def log(self) -> Sequence[Recovery]:
+        """The last recoveries: who was lost and why, and how long the text stood still."""
+        return [] if self._remote is None else list(self._remote.log)
 
     @property
     def moves(self) -> int:

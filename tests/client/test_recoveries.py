@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from swarm.client.recoveries import Cause, Recoveries, Total, cause_of
+from swarm.config import ClientTimeouts
 from swarm.errors import (
     ErrorCode,
     PeerSilent,
@@ -17,6 +18,7 @@ from swarm.errors import (
 )
 from swarm.metrics import render
 from swarm.types import BlockRange
+from tests.client.twins import House
 
 HALF = BlockRange(0, 2)
 
@@ -96,3 +98,34 @@ def test_sums_are_shown_by_cause() -> None:
     page = render(total.families()).decode()
     assert 'swarm_client_recovery_seconds_sum{cause="refused"} 1.25' in page
     assert 'swarm_client_losses_total{cause="refused",code="busy"} 1.0' in page
+
+
+def test_a_session_tells_who_was_lost_and_how_long_that_took() -> None:
+    with House() as house, house.twin() as twin:
+        twin.step(5)
+        assert twin.session.log == []
+        dead = twin.serving(1)
+        twin.kill(1)
+        twin.step()
+        [recovery] = twin.session.log
+        assert (recovery.cause, recovery.position) == (Cause.BROKE, 5)
+        assert [loss.peer_id for loss in recovery.losses] == [dead.peer_id]
+        assert [loss.blocks for loss in recovery.losses] == [BlockRange(2, 4)]
+        assert recovery.seconds > 0
+        assert recovery.silence == 0
+        twin.step()
+        assert len(twin.session.log) == twin.session.recoveries == 1
+
+
+def test_a_frozen_server_missed_a_deadline() -> None:
+    """Learnt from recent steps, then asked, then given up: the silence is told apart."""
+    timeouts = ClientTimeouts(connect=5.0, sync=0.2, step=0.3, least=0.2, recovery=20.0)
+    with House() as house, house.twin(timeouts=timeouts) as twin:
+        twin.step(5)
+        frozen = twin.serving(1)
+        house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
+        twin.step()
+        [recovery] = twin.session.log
+        assert recovery.cause is Cause.DEADLINE
+        assert recovery.silence >= 0.2
+        house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
