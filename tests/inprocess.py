@@ -71,6 +71,9 @@ class FakeRouter:
             at = end
         return route
 
+    def holders(self, terms: Terms) -> Sequence[SignedRecord]:
+        return [server for name, server in self.servers.items() if name not in self.banned]
+
     async def refresh(self) -> None:
         self.refreshed += 1
 

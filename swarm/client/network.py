@@ -26,6 +26,7 @@ from swarm.client.routing import (
     price_route,
 )
 from swarm.config import ClientConfig
+from swarm.coordinates import unpack
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.node import DhtNode
 from swarm.dht.records import ServerState, SignedRecord
@@ -103,6 +104,17 @@ class ModelRouter:
             hops = self.choose(request)
         return [(hop.server, hop.blocks) for hop in hops]
 
+    def holders(self, terms: Terms) -> Sequence[SignedRecord]:
+        """Servers of the model in these numerics that may be asked to train now."""
+        banned, config = self._book.banned(time.monotonic()), self._config
+        return [
+            server
+            for server in self._picture().holders(terms.model, terms.numerics).servers
+            if (peer_id := server.record.peer_id) not in banned
+            and peer_id not in config.blocked_servers
+            and (not config.allowed_servers or peer_id in config.allowed_servers)
+        ]
+
     def choose(self, request: Request, *, by_lot: bool = True) -> Sequence[RouteHop]:
         """The best route, or (`by_lot`) one that is about as good. Raises NoRoute."""
         chart, now = self._picture(), time.monotonic()
@@ -161,6 +173,7 @@ class ModelRouter:
             self._chart = Chart(self.view.servers)
             for record in (server.record for server in self.view.servers):
                 self._book.seen(record.peer_id, record.certificate_digest)
+            self._locate()
         return self._chart
 
     def _request(self, blocks: BlockRange, terms: Terms, prompt: int | None) -> Request:
@@ -212,6 +225,15 @@ class ModelRouter:
         async with self._probing:
             chosen = choose_probes(self.view.servers, self._book, now, count, self._rng)
             await asyncio.gather(*map(one, map(endpoint_of, chosen)))
+            self._locate()
+
+    def _locate(self) -> None:
+        records = (server.record for server in self.view.servers)
+        self._book.locate(
+            (record.peer_id, unpack(record.coordinates))
+            for record in records
+            if record.coordinates is not None
+        )
 
     def failed(self, endpoint: Endpoint, error: SwarmError) -> None:
         logger.info("%s failed: %s", endpoint.peer_id, error)

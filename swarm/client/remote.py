@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from swarm.client.pace import Pace
 from swarm.client.recoveries import Recovery
 from swarm.client.route import Router
 from swarm.client.session import RemoteSession
+from swarm.client.training import Market, TrainingClient, pass_through
+from swarm.client.training_hop import Post
+from swarm.client.training_plan import Workers
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
 from swarm.identity import Access
@@ -37,20 +40,30 @@ _watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
 _kept: contextvars.ContextVar[int | None] = contextvars.ContextVar("swarm_kept", default=None)
 
 
+class Dispatcher(Router, Market, Protocol):
+    """Where sessions go, and what is trained with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """What all sessions of one model share; `router`'s methods are called on the loop only."""
 
     terms: Terms  # of a session with one row and one position
-    router: Router
+    router: Dispatcher
     transport: Transport
     access: Access
     config: ClientConfig
     pace: Pace = field(default_factory=Pace)
+    workers: Workers = field(default_factory=Workers)  # who train for us
 
     @property
     def loop(self) -> BackgroundLoop:
         return BackgroundLoop.shared()
+
+    @property
+    def training(self) -> TrainingClient:
+        post = Post(self.terms, self.transport, self.access, self.config)
+        return TrainingClient(post, self.router, self.workers)
 
     def open(self, blocks: BlockRange, batch_size: int, max_length: int) -> RemoteSession:
         terms = replace(
@@ -230,7 +243,7 @@ class RemoteBlocks(nn.Module):
     """Blocks `[start, end)` of a model, somewhere in the swarm.
 
     Calling it runs hidden states `[B, T, H]` through all of them, without a cache; slices are
-    RemoteBlocks, too; `inference_session` keeps caches. Gradients do not pass through yet.
+    RemoteBlocks, too; `inference_session` keeps caches. Gradients pass through, not to a session.
     """
 
     def __init__(self, connection: Connection, blocks: BlockRange) -> None:
@@ -266,10 +279,6 @@ class RemoteBlocks(nn.Module):
         extras: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """`attention_mask` is `[B, T]` (or `[B, past + T]`) with 1 for real tokens."""
-        if hidden.requires_grad and torch.is_grad_enabled():
-            raise UsageError(
-                "gradients do not pass through remote blocks yet; call under torch.no_grad()"
-            )
         if attention_mask is not None and attention_mask.ndim != 2:
             raise UsageError("attention_mask must be [batch, length] with 1 for real tokens")
         if extras:
@@ -278,7 +287,13 @@ class RemoteBlocks(nn.Module):
         padding = None
         if attention_mask is not None:  # of the new tokens alone, of which there may be none
             padding = attention_mask[:, attention_mask.shape[1] - tokens :]
+        learning = torch.is_grad_enabled() and hidden.requires_grad
         if isinstance(past_key_values, RemoteCache):
+            if learning:
+                raise UsageError(
+                    "gradients do not pass through a session: call the model without a cache, or "
+                    "under torch.no_grad()"
+                )
             session, keep = past_key_values.session, _kept.get()
             output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
             return _at_end(output, tokens)
@@ -291,7 +306,10 @@ class RemoteBlocks(nn.Module):
         return hidden
 
     def _pass(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Through all blocks, over a session that is used once."""
+        """Through all blocks: to train, or over a session that is used once."""
+        if torch.is_grad_enabled() and (hidden.requires_grad or self.training):
+            inputs = _inputs(0, hidden, position_ids, padding)
+            return pass_through(self.connection.training, self.blocks, hidden, inputs)
         session, keep = self.inference_session(max_length=max(1, hidden.shape[1])), _kept.get()
         try:
             output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)

@@ -1,0 +1,125 @@
+"""One request for training to one server: a batch goes there, and an answer comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from swarm.asking import ask
+from swarm.client.hop import Terms, endpoint_of
+from swarm.client.training_plan import Leg
+from swarm.config import ClientConfig
+from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
+from swarm.identity import Access, opening_transcript
+from swarm.messages import Message, Opened, Piece, Refused, TensorSpec, Train, Trained
+from swarm.pieces import Gathering, in_pieces, spec_of
+from swarm.protocol import TRAINED, Conversation
+from swarm.transport import Endpoint, Stream, Transport
+from swarm.wire import decode, encode
+
+_LONGEST = 600.0  # seconds for a request, whatever signs of life its server gives
+_LOOK = 5.0  # seconds of silence after which a server is asked whether it lives
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """How requests travel."""
+
+    terms: Terms
+    transport: Transport
+    access: Access
+    config: ClientConfig
+
+    async def ask(
+        self, leg: Leg, tensors: Mapping[str, Tensor], *, backward: bool
+    ) -> Mapping[str, Tensor]:
+        """`hidden` after `leg.blocks`; or, `backward`, `gradient` before them, and that of
+        `prompts`. Raises PeerUnavailable, RemoteProtocolError."""
+        endpoint = endpoint_of(leg.server.record)
+        request = self._request(leg, endpoint, tensors, backward)
+        timeout = self.config.timeouts.connect
+        stream = await self.transport.open_stream(endpoint, "session", timeout)
+        try:
+            async with asyncio.timeout(_LONGEST):
+                return await self._exchange(stream, endpoint, request, tensors)
+        except TimeoutError:
+            raise PeerUnavailable(f"{endpoint} took more than {_LONGEST:g} s") from None
+        finally:
+            stream.cancel()
+
+    def _request(
+        self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], backward: bool
+    ) -> Train:
+        terms, session_id = self.terms, secrets.token_bytes(16)
+        public_key = self.access.identity.public_key
+        transcript = opening_transcript(
+            endpoint.peer_id, endpoint.certificate_digest, session_id, public_key
+        )
+        return Train(
+            model=terms.model.name,
+            fingerprint=terms.model.fingerprint,
+            dtype=terms.numerics.dtype,
+            quantization=terms.numerics.quantization,
+            codec=terms.codec,
+            session_id=session_id,
+            start=leg.blocks.start,
+            end=leg.blocks.end,
+            backward=backward,
+            tensors={name: spec_of(tensor) for name, tensor in tensors.items()},
+            deadline_ms=int(1e3 * _LONGEST),
+            trace_id=terms.trace_id,
+            credentials=self.access.sign_opening(transcript),
+        )
+
+    async def _exchange(
+        self, stream: Stream, endpoint: Endpoint, request: Train, tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        conversation = Conversation(TRAINED)
+        await stream.send(encode(request))
+        message = await self._hear(stream, endpoint, conversation)
+        assert isinstance(message, Opened)  # by the table, if it did not refuse
+        try:
+            for piece in in_pieces(tensors, request.codec):
+                await stream.send(encode(piece))
+        except PeerUnavailable:
+            await self._hear(stream, endpoint, conversation)  # perhaps it has said why
+            raise
+        gathering = Gathering(_answer(request))
+        while isinstance(message := await self._hear(stream, endpoint, conversation), Piece):
+            gathering.add(message)
+        if not isinstance(message, Trained) or not gathering.complete:
+            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "the answer is not complete")
+        return gathering.tensors
+
+    async def _hear(
+        self, stream: Stream, endpoint: Endpoint, conversation: Conversation
+    ) -> Message:
+        """The next message; a server that is silent must at least say that it lives."""
+        while True:
+            try:
+                async with asyncio.timeout(_LOOK):
+                    frame = await stream.receive()
+                break
+            except TimeoutError:
+                await ask(self.transport, self.access, endpoint, self.config.timeouts.sync)
+        if frame is None:
+            raise PeerUnavailable(f"{endpoint} ended the stream")
+        message = conversation.receive(decode(frame))
+        if isinstance(message, Refused):
+            raise RemoteProtocolError(
+                ErrorCode(message.code), message.message, retry_after=message.retry_after
+            )
+        return message
+
+
+def _answer(request: Train) -> Mapping[str, TensorSpec]:
+    """What will come back."""
+    given = request.tensors
+    if not request.backward:
+        return {"hidden": given["hidden"]}
+    answer = {"gradient": given["hidden"]}
+    return answer | ({"prompts": given["prompts"]} if "prompts" in given else {})
