@@ -158,7 +158,7 @@ async def _looking(
             names = ", ".join(sorted({item.model.name for item in served}))
             raise UsageError(f"this swarm serves no '{model}'; choose one of: {plain(names)}")
         for item in wanted:
-            known.setdefault(item, Directory(node, item.model, item.num_blocks))
+            known.setdefault(item, Directory(node, item.model, item.num_blocks, whole=True))
         return [await known[item].refresh() for item in wanted]
 
     try:

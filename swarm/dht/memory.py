@@ -16,7 +16,9 @@ class Dht(Protocol):
 
     def now(self) -> float: ...
     async def store(self, keys: Sequence[str], value: bytes, kept_until: float) -> bool: ...
-    async def get_many(self, keys: Sequence[str]) -> dict[str, list[bytes]]: ...
+    async def get_many(
+        self, keys: Sequence[str], replicas: int | None = None
+    ) -> dict[str, list[bytes]]: ...
 
 
 Values = dict[str, dict[str, tuple[bytes, float]]]
@@ -31,6 +33,7 @@ class MemoryDht:
         self.key, self.values = key, values if values is not None else {}
         self.time = 1_800_000_000.0
         self.down = False  # True: nobody answers
+        self.asked: list[list[str]] = []  # the keys of each look
         self._peer_id = peer_id
 
     def now(self) -> float:
@@ -47,8 +50,11 @@ class MemoryDht:
                 subkeys[self._peer_id] = (value, kept_until)
         return stored
 
-    async def get_many(self, keys: Sequence[str]) -> dict[str, list[bytes]]:
+    async def get_many(
+        self, keys: Sequence[str], replicas: int | None = None
+    ) -> dict[str, list[bytes]]:
         self._check_up()
+        self.asked.append(list(keys))
         return {
             key: [value for value, until in self.values.get(key, {}).values() if until > self.time]
             for key in keys

@@ -6,40 +6,40 @@ import asyncio
 import hmac
 import logging
 import math
+import random
 import secrets
 import statistics
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import hivemind.hivemind_cli as hivemind_cli  # and nothing `from hivemind`: see __init__.py
 from google.protobuf.message import DecodeError
-from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, P2PHandlerError, PeerID, PeerInfo
 from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
 from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.dht.daemon import CLIENT, Daemon, DaemonFailed, daemon_arguments
-from swarm.dht.validation import Entry, check_entry
-from swarm.errors import InvalidRecord, PeerUnavailable, UsageError
+from swarm.dht.keeping import REPLICAS, Keepers, Storage, Validator
+from swarm.errors import PeerUnavailable, UsageError
 from swarm.identity import Identity, SwarmKey
 
 logger = logging.getLogger(__name__)
 
-_REPLICAS = 5
 _RPC_SECONDS = 3.0  # for one answer of one peer
 _CONNECT_SECONDS = 5.0
 _GREETING_SECONDS = 8.0  # for the first answer of an initial peer, which may be busy
 _STRAGGLER_SECONDS = 0.5  # for more initial peers, once one has answered
 _OPERATION_SECONDS = 15.0  # for a whole store or look-up
 _REJOIN_SECONDS = 15.0  # between searches for lost initial peers
+_REMEMBERED = 64  # peers...
+_REVISITS = 4  # ...of whom some are looked for at a time, when they are lost
 _CLOCKS = 7  # how many peers are asked for the time
 _FAILURES = (P2PDaemonError, P2PHandlerError, DecodeError, OSError, EOFError)
 
@@ -93,6 +93,8 @@ class DhtNode:
         self._daemon: Daemon | None = None
         self._control: Any = None  # hivemind's connection to the daemon
         self._dht: DHTNode | None = None
+        self._kept: Keepers
+        self._met: dict[PeerID, _Peer] = {}
         self._keeper: asyncio.Task[None] | None = None
 
     def now(self) -> float:
@@ -101,27 +103,26 @@ class DhtNode:
 
     async def store(self, keys: Sequence[str], value: bytes, kept_until: float) -> bool:
         """Store our own record under each key; False if a node did not take it."""
-        async with self._working("store a record in the DHT") as dht:
-            stored = await dht.store_many(
-                list(keys), [value] * len(keys), kept_until, [self.identity.peer_id] * len(keys)
-            )
-        return all(stored.values())
+        async with self._working("store a record in the DHT"):
+            return await self._kept.store(keys, value, kept_until, self.identity.peer_id)
 
-    async def get_many(self, keys: Sequence[str]) -> dict[str, list[bytes]]:
-        """The records under each key, from all nodes that should have them.
-
-        Raises PeerUnavailable if nobody can be asked.
+    async def get_many(
+        self, keys: Sequence[str], replicas: int | None = None
+    ) -> dict[str, list[bytes]]:
+        """The records under each key, from so many nodes of those that should have them (None:
+        all). Raises PeerUnavailable if nobody can be asked.
         """
         async with self._working("look into the DHT") as dht:
-            if self._peers and not dht.protocol.routing_table.uid_to_peer_id:
+            known = dht.protocol.routing_table.uid_to_peer_id
+            if self._peers and not known:
                 await self._greet_all(self._peers)
-                if not dht.protocol.routing_table.uid_to_peer_id:
+                if not known:
                     raise PeerUnavailable("no peer of the swarm answers any more")
-            found: dict[str, Any] = await dht.get_many(list(keys), math.inf)
-        return {
-            key: [entry.value for entry in found[key].value.values()] if found[key] else []
-            for key in keys
-        }
+            found = await self._kept.get(keys, replicas)
+            if self._peers and not known and not any(found.values()):
+                await self._greet_all(self._peers)  # all whom we knew turned out to be gone
+                found = await self._kept.get(keys, replicas)
+            return found
 
     async def visible_addresses(self) -> list[str]:
         """Our own multiaddrs, as far as the daemon knows them: see `joinable_at`."""
@@ -147,7 +148,7 @@ class DhtNode:
         dht = await DHTNode.create(
             p2p,
             DHTID.generate(self.identity.peer_id),
-            num_replicas=_REPLICAS,
+            num_replicas=REPLICAS,
             wait_timeout=_RPC_SECONDS,
             cache_locally=False,  # look-ups must see what has changed
             cache_nearest=0,
@@ -155,10 +156,11 @@ class DhtNode:
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
             client_mode=CLIENT in self._arguments,
-            record_validator=(validator := _Validator(self)),
+            record_validator=(validator := Validator(self.key, self.now)),
             authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
         )
         protocol: Any = dht.protocol
+        protocol.storage = Storage()
         # hivemind drops a whole answer for one bad record in it, with which anybody could hide all
         protocol._validate_dictionary = validator.drop_invalid
         make_stub = protocol.get_stub
@@ -169,7 +171,7 @@ class DhtNode:
             return stub
 
         protocol.get_stub = stub_for
-        self._dht = dht
+        self._dht, self._kept = dht, Keepers(dht)
 
     def _running(self) -> DHTNode | None:
         """None when nobody reads the daemon's answers any more: then it has ended, or one came in
@@ -260,7 +262,8 @@ class DhtNode:
         return offset if math.isfinite(offset) else 0.0
 
     async def _keep_joined(self) -> None:
-        """Bring back a daemon that died, and meet initial peers again after they came back."""
+        """Bring back a daemon that died, and meet peers again after they, or we, were cut off:
+        initial ones, and others whom we knew, since all initial ones may be gone for good."""
         while True:
             await asyncio.sleep(_REJOIN_SECONDS)
             try:
@@ -270,9 +273,23 @@ class DhtNode:
                     await self._start()
                 async with self._working("look for peers") as dht:
                     known = dht.protocol.routing_table.peer_id_to_uid
-                await self._greet_all([peer for peer in self._peers if peer.id not in known])
+                    self._remember(await dht.protocol.p2p.list_peers(), known)
+                lost = [peer for peer in self._peers if peer.id not in known]
+                gone = [peer for name, peer in self._met.items() if name not in known]
+                lost += random.sample(gone, min(_REVISITS, len(gone)))
+                if "welcome" in await self._greet_all(lost):
+                    async with self._working("look for their neighbours") as dht:
+                        await dht.find_nearest_nodes([dht.node_id])
             except (UsageError, PeerUnavailable, *_FAILURES) as error:
                 logger.warning("%s; trying again in %.0f s", error, _REJOIN_SECONDS)
+
+    def _remember(self, connected: Sequence[PeerInfo], known: Container[PeerID]) -> None:
+        """Where those are who take part and whom we talk to."""
+        for info in connected:
+            if info.peer_id in known and info.addrs:
+                if len(self._met) >= _REMEMBERED and info.peer_id not in self._met:
+                    del self._met[random.choice(list(self._met))]
+                self._met[info.peer_id] = _Peer(f"{info.addrs[0]}/p2p/{info.peer_id}")
 
     @asynccontextmanager
     async def _working(self, what: str) -> AsyncGenerator[DHTNode, None]:
@@ -308,45 +325,6 @@ class _Peer:
                 f"'{text}' is not the address of a peer, "
                 "which looks like /ip4/10.0.0.5/tcp/4001/p2p/Qm...; copy it from a server's output"
             ) from error
-
-
-class _Validator(RecordValidatorBase):
-    """hivemind's view of `check_entry`. On the network a value is the record's own bytes."""
-
-    def __init__(self, node: DhtNode) -> None:
-        self._node = node
-
-    def validate(self, record: DHTRecord) -> bool:
-        subkey = record.subkey[2:].decode(errors="replace")  # msgpack: type, length, text
-        try:
-            if MSGPackSerializer.dumps(subkey) != record.subkey:
-                raise InvalidRecord("a value without the subkey of a peer")
-            check_entry(
-                Entry(record.key, subkey, record.value, record.expiration_time),
-                swarm_key=self._node.key,
-                now=self._node.now(),
-                hashed=lambda name: DHTID.generate(name).to_bytes(),
-            )
-        except InvalidRecord as error:
-            logger.info("refused %s", error)
-            return False
-        return True
-
-    def drop_invalid(self, key: bytes, dictionary: Any) -> bool:
-        """Remove from somebody's answer, or from what they want stored, all that is not valid."""
-        dictionary.maxsize = math.inf  # theirs to say in hivemind's format, but ours to keep
-        with dictionary.freeze():
-            for subkey, (value, kept_until) in list(dictionary.items()):
-                record = DHTRecord(key, MSGPackSerializer.dumps(subkey), value, kept_until)
-                if not isinstance(value, bytes) or not self.validate(record):
-                    del dictionary[subkey]
-        return True
-
-    def sign_value(self, record: DHTRecord) -> bytes:
-        return cast(bytes, MSGPackSerializer.loads(record.value))
-
-    def strip_value(self, record: DHTRecord) -> bytes:
-        return MSGPackSerializer.dumps(record.value)
 
 
 class _Authorizer(AuthorizerBase):

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from swarm.coordinates import MAX_PACKED
+from swarm.dht.pages import MAX_BITS, bucket_of, pages_of
 from swarm.errors import AuthenticationError, InvalidRecord, RemoteProtocolError, UsageError
 from swarm.identity import (
     PUBLIC_KEY_BYTES,
@@ -31,13 +34,13 @@ CLOCK_SLACK = 3600.0  # seconds that two peers' clocks may differ
 MAX_LIFETIME = 600  # seconds
 RETENTION = CLOCK_SLACK + MAX_LIFETIME  # seconds after its announcement that the DHT keeps a record
 MAX_NEXT_RTTS = 8  # servers of which a record says how far they are
-BLOCKS_PER_KEY = 8  # records are spread over DHT keys by their first block
 REGISTRY = "models"  # the DHT key where some servers of each model are listed
 
 _SCHEMA = 1
 _DOMAIN = b"swarm-server-record-1"
 _HEADER = PUBLIC_KEY_BYTES + SIGNATURE_BYTES
 _TAG_CHARACTERS = 8
+_VERIFIED = 2048  # records that are kept, as each is met several times: by node and by reader
 
 
 class ServerState(StrEnum):
@@ -59,6 +62,8 @@ def _text(max_bytes: int) -> object:
 
 
 Milliseconds = Annotated[int, Field(ge=0, le=65_535)]
+Coordinate = Annotated[int, Field(ge=-MAX_PACKED, le=MAX_PACKED)]
+Height = Annotated[int, Field(ge=0, le=MAX_PACKED)]
 Tag = Annotated[str, Field(min_length=_TAG_CHARACTERS, max_length=_TAG_CHARACTERS), _text(8)]
 
 
@@ -88,6 +93,9 @@ class ServerRecord(BaseModel):
     public_name: Annotated[str, _text(30)] = ""
     announced_at: Annotated[int, Field(ge=0, lt=1 << 53)] = 0  # ms since 1970; the newest counts
     lifetime: Annotated[int, Field(ge=1, le=MAX_LIFETIME)] = 90  # seconds
+    page_bits: Annotated[int, Field(ge=0, le=MAX_BITS)] = 0  # of the page it lies on (pages.py)
+    coordinates: tuple[Coordinate, Coordinate, Coordinate, Height] | None = None  # 0.1 ms
+    uplink: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)] = 0.0  # bytes/s left of it
 
     @model_validator(mode="after")
     def _bounds_of_shared_types(self) -> ServerRecord:
@@ -128,20 +136,17 @@ def peer_tag(peer_id: str) -> str:
     return peer_id[-_TAG_CHARACTERS:]
 
 
-def dht_key(model: ModelId, bucket: int, key: SwarmKey | None) -> str:
-    """The DHT key of the records of `model` whose first block is in this bucket of eight."""
+def dht_key(model: ModelId, bucket: int, page: str, key: SwarmKey | None) -> str:
+    """The DHT key of a page of the records of `model` whose first block is in this bucket."""
     named = hashlib.sha256(f"{model.name}|{model.fingerprint}".encode()).hexdigest()
-    return hide(f"{named}/{bucket}", key)
+    return hide(f"{named}/{bucket}/{page}" if page else f"{named}/{bucket}", key)
 
 
-def dht_keys(model: ModelId, num_blocks: int, key: SwarmKey | None) -> list[str]:
-    """All DHT keys under which servers of `model` may be listed."""
-    return [dht_key(model, i, key) for i in range((num_blocks - 1) // BLOCKS_PER_KEY + 1)]
-
-
-def keys_of(record: ServerRecord, key: SwarmKey | None) -> tuple[str, str]:
-    """The only DHT keys under which `record` may lie: its own bucket's, and the registry."""
-    return dht_key(record.model, record.blocks.start // BLOCKS_PER_KEY, key), hide(REGISTRY, key)
+def keys_of(record: ServerRecord, key: SwarmKey | None) -> tuple[str, ...]:
+    """The only DHT keys under which `record` may lie: its pages', and, last, the registry's."""
+    bucket = bucket_of(record.blocks.start, record.num_blocks)
+    pages = pages_of(record.peer_id, record.page_bits)
+    return *(dht_key(record.model, bucket, page, key) for page in pages), hide(REGISTRY, key)
 
 
 def hide(name: str, key: SwarmKey | None) -> str:
@@ -185,6 +190,7 @@ def open_record(
     return record
 
 
+@lru_cache(_VERIFIED)
 def _verify(data: bytes, key: SwarmKey | None) -> ServerRecord:
     if len(data) > MAX_RECORD_BYTES:
         raise InvalidRecord(f"a record of {len(data)} bytes; at most {MAX_RECORD_BYTES}")

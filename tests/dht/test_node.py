@@ -18,7 +18,7 @@ from hivemind.p2p import P2P, PeerID
 
 from swarm.dht import node as node_module
 from swarm.dht.node import DhtNode
-from swarm.dht.records import SignedRecord, dht_keys, keys_of, open_record
+from swarm.dht.records import SignedRecord, dht_key, keys_of, open_record
 from swarm.errors import PeerUnavailable, UsageError
 from swarm.identity import Identity, SwarmKey
 from swarm.loop import BackgroundLoop
@@ -62,7 +62,7 @@ class Swarm:
         return server
 
     def look(self, node: DhtNode) -> list[bytes]:
-        found = self.call(node.get_many(dht_keys(MODEL, 24, node.key)))
+        found = self.call(node.get_many([dht_key(MODEL, i, "", node.key) for i in range(3)]))
         return [value for values in found.values() for value in values]
 
 

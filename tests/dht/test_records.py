@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from swarm.dht import records
+from swarm.dht.pages import pages_of
 from swarm.dht.records import (
     CLOCK_SLACK,
     MAX_RECORD_BYTES,
+    REGISTRY,
     ServerRecord,
     ServerState,
     dht_key,
-    dht_keys,
     keys_of,
     open_record,
     peer_tag,
@@ -73,6 +74,7 @@ RECORDS = st.builds(
     public_name=text(30),
     announced_at=st.just(int(NOW * 1000)),
     lifetime=st.integers(1, 600),
+    page_bits=st.integers(0, 16),
 )
 
 
@@ -103,6 +105,7 @@ def test_the_largest_record_fits() -> None:
         public_name="é" * 15,
         announced_at=2**53 - 1,
         lifetime=600,
+        page_bits=16,
     )
     data = sign_record(largest, ALICE, KEY).data
     assert len(data) <= MAX_RECORD_BYTES
@@ -135,6 +138,7 @@ def test_the_largest_record_fits() -> None:
         {"adapters": ("a",) * 4},
         {"public_name": "\x1b[31mred"},
         {"lifetime": 601},
+        {"page_bits": 17},
         {"surprise": 1},
     ],
 )
@@ -216,7 +220,7 @@ def test_without_the_swarm_key_records_are_neither_read_nor_written() -> None:
     private = signed(ALICE, key=KEY).data
     assert ALICE.public_key not in private
     assert b"127.0.0.1" not in private
-    assert not set(dht_keys(MODEL, 24, KEY)) & set(dht_keys(MODEL, 24, None))
+    assert not set(keys_of(record(ALICE), KEY)) & set(keys_of(record(ALICE), None))
 
 
 def test_clocks_may_be_an_hour_wrong_but_not_more() -> None:
@@ -236,12 +240,13 @@ def test_nobody_signs_for_others() -> None:
         sign_record(record(ALICE), BOB, None)
 
 
-def test_a_server_is_found_by_its_first_block() -> None:
-    assert dht_keys(MODEL, 24, None) == [dht_key(MODEL, bucket, None) for bucket in (0, 1, 2)]
-    assert len(dht_keys(MODEL, 25, None)) == 4
-    assert keys_of(record(ALICE, "9:24"), None)[0] == dht_key(MODEL, 1, None)
+def test_a_server_is_found_by_its_first_block_and_by_how_finely_it_cuts() -> None:
+    assert keys_of(record(ALICE, "9:24"), None) == (dht_key(MODEL, 1, "", None), REGISTRY)
+    page, coarser, *_ = keys_of(record(ALICE, "9:24", page_bits=5), None)
+    place = pages_of(ALICE.peer_id, 16)[0]
+    assert (page, coarser) == tuple(dht_key(MODEL, 1, place[:bits], None) for bits in (5, 4))
     other_weights = ModelId(MODEL.name, "cd" * 32)
-    assert not set(dht_keys(other_weights, 24, None)) & set(dht_keys(MODEL, 24, None))
+    assert dht_key(other_weights, 1, "", None) != dht_key(MODEL, 1, "", None)
 
 
 def test_round_trip_times_are_told_by_peer() -> None:
