@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from swarm import tracing
 from swarm.asking import ask, measure_rtt
 from swarm.client.hop import Terms, endpoint_of
 from swarm.client.pace import Pace
@@ -283,6 +284,7 @@ class SwarmNetwork:
                 "swarm-server or swarm-dht printed behind 'peers='"
             )
         key = swarm_key_of(swarm_key)
+        tracing.start("swarm-client")
         with cls._lock:
             shared = (peers, key.text() if key else "")
             if shared not in cls._shared or not cls._shared[shared].loop.alive:
