@@ -267,6 +267,7 @@ def _description(engine: Engine) -> Mapping[str, Any]:
         "owned_by": "swarm",
         "swarm": {  # ours
             "chat_template": engine.has_template,
+            "blocks": engine.blocks,
             "context": engine.context,
             "most_tokens": engine.most_tokens,
             "missing_blocks": engine.missing(),

@@ -55,6 +55,7 @@ class Engine:
         config = text_config(model.config)
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 17)
         self.most_tokens = min(most_tokens, self.context)
+        self.blocks = int(cast(Any, config).num_hidden_layers)
         self._size = int(model.get_input_embeddings().num_embeddings)
         ends = model.generation_config.eos_token_id
         self.ends = frozenset[int]([ends] if isinstance(ends, int) else ends or ())

@@ -12,6 +12,7 @@ from swarm.api.asked import Asked
 from swarm.api.engine import Engine, Prompt, Stream
 from swarm.api.text import Detokenizer, Stopper, Told
 from swarm.client.hop import Hop
+from swarm.errors import SessionClosed
 
 _LOOK_SECONDS = 0.05  # between looks at the servers, by who wants to know
 
@@ -145,4 +146,5 @@ class _Watch:
 
 
 def _leg(hop: Hop) -> Leg:
-    return Leg(str(hop.blocks), hop.peer_id, hop.name, hop.failure is not None)
+    lost = hop.failure is not None and not isinstance(hop.failure, SessionClosed)
+    return Leg(str(hop.blocks), hop.peer_id, hop.name, lost)

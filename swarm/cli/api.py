@@ -24,7 +24,7 @@ _HELP = """\
 Serve a swarm's models to whatever speaks OpenAI's API, and to people: the page at / is a chat.
 
 examples:
-  swarm-api --peers /ip4/.../p2p/Qm...          what the swarm serves, on http://127.0.0.1:8000
+  swarm-api --peers /ip4/.../p2p/Qm...          its model, on http://127.0.0.1:8000
   swarm-api Qwen/Qwen3-8B --host 0.0.0.0 --keys keys.toml
   curl http://127.0.0.1:8000/v1/models
 
@@ -41,7 +41,7 @@ def api_parser() -> Parser:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="folders or Hugging Face repos (default: what the swarm serves)",
+        help="folders or Hugging Face repos (default: the one that most servers have)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a repo")
     parser.add_argument("--token", help="for gated or private repos (default: HF_TOKEN)")
@@ -109,7 +109,7 @@ def api(argv: Sequence[str]) -> int:
     from swarm.api.keys import Keyring, read_grants
 
     grants = read_grants(arguments.keys, arguments.api_key)
-    names = arguments.models or _served(peers, arguments.swarm_key)
+    names = arguments.models or [_most_served(peers, arguments.swarm_key)]
     with quick_imports():
         from swarm.api.app import Api, ApiConfig
         from swarm.listening import serve
@@ -133,13 +133,13 @@ def api(argv: Sequence[str]) -> int:
     return 0
 
 
-def _served(peers: Sequence[str], key: Any) -> list[str]:
-    """The names of all models of the swarm. Raises UsageError."""
+def _most_served(peers: Sequence[str], key: Any) -> str:
+    """The name of the model that most servers have. Raises UsageError."""
     from swarm.cli.status import survey
 
     if not (views := survey(peers, key, None)):
         raise UsageError("this swarm serves no model yet: start a server with `swarm-server MODEL`")
-    return [views[0].model.name]
+    return views[0].model.name
 
 
 def _engine(name: str, peers: Sequence[str], arguments: Any) -> Any:
