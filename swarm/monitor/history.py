@@ -79,8 +79,9 @@ class History:
     def _count(self, now: float, seconds: float, present: list[tuple[str, str, int]]) -> None:
         for peer_id, name, blocks in present:
             served = self.served.get(peer_id)
-            if served is None:
-                served = self.served[peer_id] = Served(name, 0.0, now, now)
+            if served is None:  # nobody knows for how much of that time
+                self.served[peer_id] = Served(name, 0.0, now, now)
+                continue
             served.name, served.last = name, now
             served.block_seconds += seconds * blocks
 

@@ -39,9 +39,12 @@ class Joining:
 
     def command(self, model: ModelId, count: int) -> str:
         """For a shell: it is copied as it stands, whatever the model is called."""
-        words = ["swarm-server", model.name, "--num-blocks", str(count)]
-        words += ["--swarm-key", "secret.key"] if self.private else []
-        return shlex.join([*words, "--peers", *self.peers])
+        name = harmless(model.name, _MODEL_CHARACTERS)
+        options = ["--num-blocks", str(count)]
+        options += ["--swarm-key", "secret.key"] if self.private else []
+        options += ["--peers", *self.peers]
+        words = [*options, "--", name] if name.startswith("-") else [name, *options]
+        return shlex.join(["swarm-server", *words])
 
 
 def harmless(text: str, characters: int = NAME_CHARACTERS) -> str:

@@ -147,7 +147,7 @@ class Watcher:
         return self.looked is not None and self.clock() - self.looked < patience
 
     def _watch(self, key: str, listing: ModelListing, seen: float, history: History) -> None:
-        directory = Directory(self._dht, listing.model, listing.num_blocks)
+        directory = Directory(self._dht, listing.model, listing.num_blocks, whole=True)
         self.watched[key] = Watched(listing, directory, seen, history=history)
 
     def _is_wanted(self, listing: ModelListing) -> bool:

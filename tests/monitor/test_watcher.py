@@ -1,0 +1,128 @@
+"""The monitor sees what is announced, remembers it, and says so when it sees nothing."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from swarm.dht.memory import MemoryDht, Values
+from swarm.dht.records import ServerRecord, ServerState, keys_of, sign_record
+from swarm.errors import PeerUnavailable
+from swarm.identity import Identity
+from swarm.monitor import watcher as module
+from swarm.monitor.ledger import Ledger
+from swarm.monitor.picture import Joining, model_key
+from swarm.monitor.watcher import Watcher
+from swarm.types import ModelId
+from tests.monitor.simulated import MODEL, record
+
+ADA, BEA = Identity.ephemeral(), Identity.ephemeral()
+JOINING = Joining(("/ip4/192.0.2.1/tcp/1/p2p/Qm",))
+KEY = model_key(MODEL)
+
+
+def announce(
+    dht: MemoryDht, identity: Identity, blocks: str = "0:8", **fields: Any
+) -> ServerRecord:
+    """As a server does it."""
+    told = record(0, blocks, peer_id=identity.peer_id, announced_at=int(1000 * dht.time), **fields)
+    signed = sign_record(told, identity, None)
+    theirs = MemoryDht(identity.peer_id, dht.values)
+    theirs.time = dht.time
+    asyncio.run(theirs.store(keys_of(told, None), signed.data, told.kept_until))
+    return told
+
+
+class Story:
+    """A watcher whose clock is the DHT's."""
+
+    def __init__(self, values: Values | None = None, path: Path | None = None, **more: Any):
+        self.dht = MemoryDht("me", values)
+        clock = lambda: self.dht.time  # noqa: E731
+        self.watcher = Watcher(self.dht, None, Ledger(path), JOINING, clock=clock, **more)
+
+    def look(self, after: float = 3.0) -> dict[str, Any]:
+        async def once() -> None:
+            await self.watcher.discover()
+            await self.watcher.look()
+            await self.watcher.ask()
+            self.watcher.tell()
+            self.watcher.note()
+
+        self.dht.time += after
+        asyncio.run(once())
+        return self.watcher.feed.state
+
+    def end(self) -> None:
+        async def end() -> None:
+            async with self.watcher.running():
+                pass
+
+        asyncio.run(end())
+
+
+def test_servers_come_and_go_and_the_feed_says_what_changed() -> None:
+    story = Story()
+    assert story.look()["models"] == {}
+    announce(story.dht, ADA, blocks="0:24")
+    assert story.look()["models"][KEY]["health"] == "degraded"
+    announce(story.dht, BEA, blocks="0:24", public_name="Bea")
+    model = story.look()["models"][KEY]
+    assert model["health"] == "healthy"
+    assert [event[1:4] for event in model["events"]] == [["joined", BEA.peer_id, "Bea"]]
+    story.dht.time += 1
+    announce(story.dht, BEA, blocks="0:24", public_name="Bea", state=ServerState.OFFLINE)
+    model = story.look()["models"][KEY]
+    assert (model["health"], list(model["servers"])) == ("degraded", [ADA.peer_id])
+    assert model["events"][-1][1] == "left"
+
+
+def test_only_wanted_models_are_watched_and_never_too_many(monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "MODELS", 3)
+    values: Values = {}
+    story, choosy = Story(values), Story(values, wanted=["model 4"])
+    for index in range(6):
+        identity = Identity.ephemeral()
+        announce(story.dht, identity, model=ModelId(f"model {index}", "ab" * 32))
+    assert len(story.look()["models"]) == 3
+    [model] = choosy.look()["models"].values()
+    assert model["name"] == "model 4"
+
+
+def test_a_dht_that_does_not_answer_is_told_and_the_last_picture_stays() -> None:
+    story = Story()
+    announce(story.dht, ADA)
+    state = story.look()
+    assert (state["sees"], story.watcher.sees) == (True, True)
+    story.dht.down = True
+    story.dht.time += 300
+    try:
+        asyncio.run(story.watcher.discover())
+    except PeerUnavailable:
+        story.watcher.tell()
+    state = story.watcher.feed.state
+    assert state["sees"] is False
+    assert ADA.peer_id in state["models"][KEY]["servers"]
+
+
+def test_a_restart_goes_on_where_the_last_one_ended_even_if_nobody_serves_by_then(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "h.sqlite"
+    story = Story(path=path)
+    announce(story.dht, ADA, public_name="Ada")
+    for _ in range(5):
+        story.look(60.0)
+        announce(story.dht, ADA, public_name="Ada")
+    story.end()
+
+    again = Story(path=path)
+    again.dht.time = story.dht.time + 600
+    model = again.look()["models"][KEY]
+    assert (model["name"], model["health"], model["servers"]) == (MODEL.name, "broken", {})
+    history = again.watcher.watched[KEY].history
+    assert len(history.minutes) >= 5
+    assert history.served[ADA.peer_id].name == "Ada"
+    assert history.served[ADA.peer_id].block_seconds >= 4 * 60 * 8
+    again.look(90_000.0)
+    assert KEY not in again.watcher.watched, "a model that nobody served for a day is forgotten"
+    again.end()
