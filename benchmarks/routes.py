@@ -21,7 +21,7 @@ RUNS = 60
 
 
 def make_swarm(count: int, lots: random.Random, *, linked: bool) -> list[SignedRecord]:
-    """Spans of 4 to 20 blocks; each server announces its RTT to up to eight that may follow it."""
+    """Spans of 4 to 20 blocks; each server announces its RTT to up to six that may follow it."""
     starts = [lots.randint(0, BLOCKS - 4) for _ in range(count)]
     starts[:20] = range(0, BLOCKS, 4)  # no block is missing
     spans = [BlockRange(a, min(BLOCKS, a + lots.randint(4, 20))) for a in starts]
@@ -29,7 +29,7 @@ def make_swarm(count: int, lots: random.Random, *, linked: bool) -> list[SignedR
     servers: list[SignedRecord] = []
     for name, span in zip(names, spans, strict=True):
         following = [n for n, s in zip(names, spans, strict=True) if s.start <= span.end < s.end]
-        near = lots.sample(following, min(8, len(following))) if linked else []
+        near = lots.sample(following, min(6, len(following))) if linked else []
         record = ServerRecord(
             peer_id=name,
             model=MODEL,
@@ -76,7 +76,7 @@ def main(count: int) -> None:
         routes = cpu(
             lambda run, chart=chart, book=book: find_route(chart, REQUEST, book, 0.0, tiebreak=run)
         )
-        what = f"{known} measured, {'8 RTTs' if linked else 'no RTTs'} announced by each"
+        what = f"{known} measured, {'6 RTTs' if linked else 'no RTTs'} announced by each"
         print(f"{what:44} {routes}")
         charts = cpu(lambda _, servers=servers: Chart(servers).holders(MODEL, NUMERICS))
         print(f"{'  once, for every new picture of the swarm':44} {charts}")

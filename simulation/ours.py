@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from simulation.load import FIXED, ROW
 from simulation.rules import Leg, Server, Wanted
 from simulation.world import TOKEN_BYTES, Machine
+from swarm import coordinates
 from swarm.client.peers import PeerBook
 from swarm.client.probing import choose_probes
 from swarm.client.routing import Chart, Request, RouteHop, find_better, find_route
 from swarm.config import ServerLimits
+from swarm.coordinates import Coordinates
 from swarm.dht.directory import Sighting, SwarmView, take_picture
 from swarm.dht.records import ServerRecord, ServerState, SignedRecord
 from swarm.errors import NoRoute
@@ -125,6 +127,11 @@ class Client:
                 self._note_rtt(server, self._rules.client_rtt(self._client, server.index))
             else:
                 self._book.failed(record.peer_id, now)
+        self._book.locate(
+            (name, coordinates.unpack(found.record.coordinates))
+            for name in self._measured
+            if (found := picture.found.get(name)) and found.record.coordinates
+        )
 
     def failed(self, server: Server, now: float) -> None:
         self._book.failed(server.peer_id, now)
@@ -166,6 +173,7 @@ class OurRules:
         self._rng = random.Random(f"ours {seed}")
         self._sightings: dict[str, Sighting] = {}
         self._rtts: dict[int, dict[str, float]] = {}  # that servers have measured
+        self._places: dict[int, Coordinates] = {}  # where they say that they are
         self._slow: Picture | None = None
         self._slow_since = 0.0
         self.servers: dict[int, Server] = {}  # that have announced themselves
@@ -179,6 +187,7 @@ class OurRules:
     def _describe(self, server: Server, now: float) -> ServerRecord:
         loaded = server.generation > 1 or server.state is not ServerState.JOINING
         alone = server.machine.speed / len(server.blocks) if loaded else 0.0
+        place = self._places.get(server.index)
         return ServerRecord.model_construct(
             peer_id=server.peer_id,
             model=_MODEL,
@@ -194,6 +203,7 @@ class OurRules:
             next_rtts=neighbours.pack(self._rtts.get(server.index, {})),
             queue=round(server.queue),
             free_tokens=server.free_tokens,
+            coordinates=coordinates.pack(place) if place else None,
             announced_at=round(now * 1000),
             lifetime=LIFETIME,
         )
@@ -266,6 +276,9 @@ class OurRules:
             else:
                 known.pop(other.peer_id, None)
         self._rtts[server.index] = known
+        self._places[server.index] = neighbours.find_place(
+            likely, known, self._places.get(server.index), self._rng
+        )
         period = max(_NEIGHBOURS_PERIOD, _PER_SERVER * len(picture.view.servers))
         return period * (0.5 + random)
 

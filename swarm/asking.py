@@ -1,4 +1,5 @@
-"""Asks a server about itself and how far it is: for clients, and for servers about next hops."""
+"""Asks a server about itself, how far it is and how fast the line there: for clients, and for
+servers about next hops."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ import time
 
 from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.identity import Access, opening_transcript
-from swarm.messages import Info, InfoRequest, Refused
+from swarm.messages import MAX_PADDING, Info, InfoRequest, Refused
 from swarm.transport import Endpoint, Transport
 from swarm.wire import decode, encode
 
-_TRIES = 2  # others may connect at the same moment
+_TRIES = 2  # others may connect at the same moment, and a cold TCP connection sends little at once
+_SHORTEST = 1e-4  # seconds; to tell shorter ones, more would have to be sent
 
 
 async def ask(transport: Transport, access: Access, endpoint: Endpoint, timeout: float) -> Info:
@@ -30,6 +32,18 @@ async def measure_rtt(
     return min(times)
 
 
+async def measure_uplink(
+    transport: Transport, access: Access, endpoint: Endpoint, timeout: float
+) -> float:
+    """Bytes per second to a server, beside all else that is sent now. Raises as `ask` does."""
+    question = _question(access, endpoint)
+    await _ask(transport, endpoint, question, timeout)
+    rtt = await _timed(transport, endpoint, question, timeout)
+    padded = _question(access, endpoint, bytes(MAX_PADDING))
+    times = [await _timed(transport, endpoint, padded, timeout) for _ in range(_TRIES)]
+    return MAX_PADDING / max(min(times) - rtt, _SHORTEST)
+
+
 async def _timed(
     transport: Transport, endpoint: Endpoint, question: bytes, timeout: float
 ) -> float:
@@ -38,10 +52,11 @@ async def _timed(
     return time.perf_counter() - begin
 
 
-def _question(access: Access, endpoint: Endpoint) -> bytes:
+def _question(access: Access, endpoint: Endpoint, padding: bytes = b"") -> bytes:
     nonce, key = secrets.token_bytes(16), access.identity.public_key
     signed = opening_transcript(endpoint.peer_id, endpoint.certificate_digest, nonce, key)
-    return encode(InfoRequest(nonce=nonce, credentials=access.sign_opening(signed)))
+    credentials = access.sign_opening(signed)
+    return encode(InfoRequest(nonce=nonce, credentials=credentials, padding=padding))
 
 
 async def _ask(transport: Transport, endpoint: Endpoint, question: bytes, timeout: float) -> Info:

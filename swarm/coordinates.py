@@ -19,7 +19,7 @@ Coordinates = tuple[float, float, float, float]
 Packed = tuple[int, int, int, int]
 """The same in tenths of a millisecond, for records."""
 
-MAX_PACKED = 65_535
+MAX_PACKED = 32_767
 _UNIT = 1e-4  # seconds
 _STEP = 0.7  # of what would fit best: others move at the same time
 _FIRM = 0.1  # of the mean curvature is added, so that few RTTs move nobody far

@@ -18,6 +18,7 @@ HAND_OVER = "hand_over"  # the capability
 MAX_TOKENS = 1 << 20  # positions a session may have
 MAX_BATCH = 1 << 10
 MAX_BLOCKS = 1 << 12
+MAX_PADDING = 1 << 16
 
 
 def _tuple(value: object) -> object:
@@ -349,6 +350,7 @@ class InfoRequest(_Frozen):
     kind: Literal["info_request"] = "info_request"
     nonce: Id
     credentials: Credentials
+    padding: Annotated[bytes, Field(max_length=MAX_PADDING)] = b""  # to see how long it takes
 
 
 class Info(_Frozen):

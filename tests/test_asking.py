@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from swarm.asking import ask, measure_rtt
+from swarm.asking import ask, measure_rtt, measure_uplink
 from swarm.errors import (
     AuthenticationError,
     ErrorCode,
@@ -16,7 +16,7 @@ from swarm.errors import (
 )
 from swarm.fakes import FakeNetwork
 from swarm.identity import Access, Identity
-from swarm.messages import Info, InfoRequest, Load, Refused, Sync
+from swarm.messages import MAX_PADDING, Info, InfoRequest, Load, Refused, Sync
 from swarm.transport import Endpoint, Service
 from swarm.wire import decode, encode
 
@@ -41,6 +41,7 @@ def questioned(answer: bytes, what: str = "ask", at: Endpoint = THERE) -> tuple[
         question: dict[str, Coroutine[Any, Any, Any]] = {
             "ask": ask(network.transport("me"), ME, at, 1.0),
             "measure": measure_rtt(network.transport("me"), ME, at, 1.0),
+            "weigh": measure_uplink(network.transport("me"), ME, at, 1.0),
         }
         try:
             return await question.pop(what)
@@ -57,6 +58,9 @@ def test_a_server_says_what_it_is_and_how_far() -> None:
     rtt, asked = questioned(encode(INFO), "measure")
     assert 0 < rtt < 1
     assert asked == 3
+    rate, asked = questioned(encode(INFO), "weigh")
+    assert MAX_PADDING / 1.0 < rate < 1e9
+    assert asked == 4
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,7 @@ def test_a_server_says_what_it_is_and_how_far() -> None:
     ],
     ids=["refused", "another message", "garbage", "nowhere", "somebody else"],
 )
-@pytest.mark.parametrize("what", ["ask", "measure"])
+@pytest.mark.parametrize("what", ["ask", "measure", "weigh"])
 def test_whatever_else_comes_is_an_error_of_ours(
     what: str, answer: bytes, at: Endpoint, error: type[SwarmError]
 ) -> None:

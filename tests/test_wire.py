@@ -181,7 +181,9 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     ),
     Piece: st.builds(Piece, name=texts, start=counts, rows=tensors()),
     Trained: st.builds(Trained, compute_ms=durations, load=loads),
-    InfoRequest: st.builds(InfoRequest, nonce=ids, credentials=credentials),
+    InfoRequest: st.builds(
+        InfoRequest, nonce=ids, credentials=credentials, padding=st.binary(max_size=64)
+    ),
     Info: st.builds(
         Info,
         record=records,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from swarm.client.pace import Pace
+from swarm.coordinates import Coordinates, locate
 
 MAX_PEERS = 4096  # remembered at once; whoever was heard of longest ago is forgotten
 _FIRST_BAN = 1.0  # seconds; doubled with each failure in a row
@@ -47,6 +48,7 @@ class PeerBook:
 
     def __init__(self, rng: Rng) -> None:
         self.pace = Pace()  # what prompts have shown
+        self.coordinates: Coordinates | None = None  # where we are
         self._rng = rng
         self._peers: dict[str, Peer] = {}
 
@@ -109,6 +111,12 @@ class PeerBook:
         peer = self._touch(peer_id)
         nearer = peer.rtt is not None and rtt < peer.rtt
         peer.rtt = _smoothed(peer.rtt, rtt, _NEARER if nearer else _SMOOTHING)
+
+    def locate(self, places: Iterable[tuple[str, Coordinates]]) -> None:
+        """Find out where we are, by where peers say that they are and how far those are."""
+        near = ((where, self.rtt(name)) for name, where in places)
+        known = [(where, rtt) for where, rtt in near if rtt is not None]
+        self.coordinates = locate(known, self.coordinates)
 
     def banned(self, now: float) -> frozenset[str]:
         """Who must not be asked at present."""

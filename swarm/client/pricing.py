@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.client.peers import PeerBook
+from swarm.coordinates import unpack
 from swarm.dht.records import ServerState, SignedRecord, peer_tag
 from swarm.types import BlockRange, ModelId, Numerics
 
@@ -21,6 +22,8 @@ from swarm.types import BlockRange, ModelId, Numerics
 _UNKNOWN_RTT = 0.1  # seconds, while fewer than `_MEASURED` are known
 _UNKNOWN_BYTE_SECONDS = 1e-7  # 80 Mbit/s
 _UNKNOWN_BLOCK_SECONDS = 0.01
+_ESTIMATED = 1.1  # times what coordinates tell, as they may be wrong
+_ROWS = 1024  # of servers whose distances to all others are kept
 _QUANTILE = 0.9  # of the RTTs that are known, for one that is not
 _ROW_SHARE = 1 / 16  # of the time of a pass with one row, for each further row or position
 _BATCH = 16  # rows, of which records tell the throughput
@@ -83,48 +86,56 @@ class Holders:
         self.borders: list[int] = np.unique(np.concatenate([self.start, self.end])).tolist()
         self.starting = {b: np.flatnonzero(self.start == b) for b in self.borders}
         self.ending = {b: np.flatnonzero(self.end == b) for b in self.borders}
-        self.links = Links(self)
+        uplink = np.array([1024.0 * record.uplink for record in records])
+        usual = np.median(uplink[uplink > 0]) if uplink.any() else np.inf
+        self.sending = 1 / np.where(uplink > 0, uplink, usual)  # seconds per byte
+        self.places = np.full((len(records), 4), np.nan)  # by `coordinates`
+        for place, record in enumerate(records):
+            if record.coordinates is not None:
+                self.places[place] = unpack(record.coordinates)
+        self.ways = Ways(self)
 
 
-class Links:
-    """Which servers say how far others are, and the borders where one may follow the other."""
+class Ways:
+    """How far servers are from each other, in seconds there and back: by what they announce to have
+    measured, else by their coordinates, else inf. Rows are worked out when they are asked for."""
 
     def __init__(self, holders: Holders) -> None:
-        places = {peer_tag(name): place for place, name in enumerate(holders.ids)}
-        found = [
-            (place, places[tag], milliseconds / 1e3)
-            for place, server in enumerate(holders.servers)
-            for tag, milliseconds in server.record.next_rtts.items()
-            if tag in places
+        tags = {peer_tag(name): place for place, name in enumerate(holders.ids)}
+        self._announced = [
+            [
+                (tags[tag], milliseconds / 1e3)
+                for tag, milliseconds in server.record.next_rtts.items()
+                if tag in tags
+            ]
+            for server in holders.servers
         ]
-        table = np.array(found, np.float64).reshape(-1, 3)
-        self.source, self.target = table[:, 0].astype(np.int64), table[:, 1].astype(np.int64)
-        self.rtt = table[:, 2]
-        first = np.maximum(holders.start[self.source] + 1, holders.start[self.target])
-        last = np.minimum(holders.end[self.source], holders.end[self.target] - 1)
-        times = np.maximum(last - first + 1, 0)
-        self.link = np.repeat(np.arange(len(times)), times)  # one for each border between the two
-        border = np.arange(len(self.link)) - np.repeat(np.cumsum(times) - times - first, times)
-        order = np.argsort(border, kind="stable")
-        self.link, border = self.link[order], border[order]
-        self.sources, self.targets = self.source[self.link], self.target[self.link]
-        everybody = np.arange(len(holders.ids) + 1)
-        self._firsts = np.searchsorted(self.source, everybody).tolist()
-        self._by_target = np.argsort(self.target, kind="stable")
-        self._firsts_to = np.searchsorted(self.target[self._by_target], everybody).tolist()
-        self._bounds = {b: slice(*np.searchsorted(border, [b, b + 1])) for b in holders.borders}
+        count = len(holders.ids)
+        self._points, self._heights = holders.places[:, :3], holders.places[:, 3]
+        self._squares = (self._points * self._points).sum(1)
+        self._row = np.full(count, -1)  # of `_table`
+        self._table = np.empty((min(count, _ROWS), count), np.float32)
+        self._filled = 0
 
-    def leaving(self, source: int) -> slice:
-        """The links that a server announces."""
-        return slice(self._firsts[source], self._firsts[source + 1])
+    def between(self, sources: Places, targets: Places) -> NDArray[np.float32]:
+        """[sources, targets]; not more than `_ROWS` sources."""
+        missing = sources[self._row[sources] < 0]
+        if len(missing):
+            if self._filled + len(missing) > len(self._table):
+                self._row[:], self._filled, missing = -1, 0, sources
+            self._fill(missing)
+        return self._table[self._row[sources][:, None], targets]
 
-    def leading_to(self, target: int) -> Places:
-        """The links that others announce to a server."""
-        return self._by_target[self._firsts_to[target] : self._firsts_to[target + 1]]
-
-    def at(self, border: int) -> slice:
-        """Which of `link`, `sources` and `targets` may be crossed at a border."""
-        return self._bounds.get(border, slice(0))
+    def _fill(self, sources: Places) -> None:
+        begin, self._filled = self._filled, self._filled + len(sources)
+        self._row[sources] = np.arange(begin, self._filled)
+        points = self._points[sources]
+        squares = self._squares[sources][:, None] + self._squares - 2 * points @ self._points.T
+        told = np.sqrt(np.maximum(squares, 0.0)) + self._heights[sources][:, None] + self._heights
+        self._table[begin : self._filled] = np.where(np.isnan(told), np.inf, told)
+        for row, source in enumerate(sources.tolist(), begin):
+            for target, rtt in self._announced[source]:
+                self._table[row, target] = rtt
 
 
 class Chart:
@@ -170,8 +181,8 @@ class Prices:
     """What a request would cost everywhere: `fixed` seconds and `per_block` for each block.
 
     Servers are taken to be connected by way of the client, half of their RTT on either side;
-    `extra` seconds correct that for each of `holders.links`. Every `tiebreak` believes other
-    strangers, and prefers others among those about as good; None believes and prefers nobody.
+    `extras` correct that where more is known. Every `tiebreak` believes other strangers, and
+    prefers others among those about as good; None believes and prefers nobody.
     """
 
     def __init__(
@@ -183,7 +194,9 @@ class Prices:
         tiebreak: float | None,
     ) -> None:
         self.holders = holders
+        self._steps = request.steps
         self._recall(request, book, now)
+        self._distances(book)
         known = self.own[~np.isnan(self.own)]
         if len(known) < _MEASURED:
             known = np.where(np.isnan(self.own), holders.claimed, self.own)
@@ -193,7 +206,6 @@ class Prices:
         believing = (lots >> np.uint64(32)) % np.uint64(_BELIEVERS) == 0
         self._seconds(request, believing)
         self._sums(request, (lots & np.uint64(0xFFFF)) / 0xFFFF, believing)
-        self._links(request)
 
     def _recall(self, request: Request, book: PeerBook, now: float) -> None:
         """What this client knows by itself; nan: nothing."""
@@ -222,6 +234,18 @@ class Prices:
                 if name in request.exclude or not request.permits(name):
                     self.usable[place] = False
 
+    def _distances(self, book: PeerBook) -> None:
+        """RTTs that were measured, else as coordinates tell, else rather long."""
+        self.rtt_known = ~np.isnan(self.rtt)
+        rtts = np.sort(self.rtt[self.rtt_known])
+        if book.coordinates is not None:
+            away = self.holders.places[:, :3] - np.array(book.coordinates[:3])
+            told = np.sqrt((away * away).sum(1)) + self.holders.places[:, 3] + book.coordinates[3]
+            self.rtt = np.where(self.rtt_known, self.rtt, _ESTIMATED * told)
+        self.placed = ~np.isnan(self.rtt)
+        usual = rtts[int(_QUANTILE * len(rtts))] if len(rtts) >= _MEASURED else _UNKNOWN_RTT
+        self.rtt = np.where(self.placed, self.rtt, usual)
+
     def _seconds(self, request: Request, believing: NDArray[np.bool_]) -> None:
         """Of a decode step and of a position of a prompt, in one block."""
         holders = self.holders
@@ -238,10 +262,6 @@ class Prices:
 
     def _sums(self, request: Request, lots: Floats, believing: NDArray[np.bool_]) -> None:
         holders = self.holders
-        self.rtt_known = ~np.isnan(self.rtt)
-        rtts = np.sort(self.rtt[self.rtt_known])
-        usual = rtts[int(_QUANTILE * len(rtts))] if len(rtts) >= _MEASURED else _UNKNOWN_RTT
-        self.rtt = np.where(self.rtt_known, self.rtt, usual)
         # What we measured ourselves has the waiting in it, and our own steps may be the queue.
         busy = (holders.queue > 0) & np.isnan(self.own)
         self.wait = np.where(busy, 0.5 * self.block_seconds * holders.count, 0.0)
@@ -252,6 +272,9 @@ class Prices:
         carrying = bytes_ * np.where(
             np.isnan(self.byte_seconds), _UNKNOWN_BYTE_SECONDS, self.byte_seconds
         )
+        # Each step goes onwards by a line that others use too.
+        sent = request.steps * request.rows * request.position_bytes * holders.sending
+        carrying += np.where(np.isnan(self.own), sent, 0.0)
         luck = 1 - lots ** (1 / np.clip(fits, 1, _TICKETS))
         doubt = (1 + self.failures) * (1 + _SPREAD * luck)
         fixed = request.steps * (self.rtt + self.wait) + carrying + ~self.has_room * _NO_ROOM
@@ -262,14 +285,14 @@ class Prices:
         self.fixed = doubt * fixed
         self.per_block = doubt * work
 
-    def _links(self, request: Request) -> None:
-        """What a server announces of its RTT to another counts between two that we have measured
-        ourselves, and no RTT is less than the difference of our own to the two."""
-        links = self.holders.links
-        here, there = self.rtt[links.source], self.rtt[links.target]
-        rtt = np.maximum(links.rtt, np.abs(here - there))
-        known = self.rtt_known[links.source] & self.rtt_known[links.target]
-        self.extra = np.where(known, request.steps * (rtt - here - there) / 2, np.inf)
+    def extras(self, sources: Places, targets: Places) -> Floats:
+        """[sources, targets]: seconds for coming from one to the other otherwise than by way of the
+        client. No RTT is less than the difference of our own to the two."""
+        ways = self.holders.ways.between(sources, targets)
+        here, there = self.rtt[sources][:, None], self.rtt[targets]
+        saved = np.maximum(ways, np.abs(here - there)) - here - there
+        known = (ways < np.inf) & self.placed[sources][:, None] & self.placed[targets]
+        return np.where(known, self._steps / 2 * saved, 0.0)
 
     def cover(self, blocks: BlockRange) -> bool:
         """Whether each block is held by somebody usable."""
@@ -281,11 +304,7 @@ class Prices:
         return bool((np.cumsum(depth)[:-1] > 0).all())
 
     def extra_between(self, source: int, target: int) -> float:
-        """For coming from one server to another otherwise than by way of the client."""
-        links = self.holders.links
-        leaving = links.leaving(source)
-        known = self.extra[leaving][links.target[leaving] == target]
-        return float(known[0]) if len(known) and np.isfinite(known[0]) else 0.0
+        return float(self.extras(np.array([source]), np.array([target]))[0, 0])
 
     def offer(self, place: int) -> Offer:
         claimed = float(self.holders.claimed[place])

@@ -30,7 +30,7 @@ __all__ = [
     "price_route",
 ]
 
-_JUDGED = 8  # steps by which a hop is judged
+JUDGED = 8  # steps by which a hop is judged
 _SLOW = 2.0  # times what was expected...
 _PATIENCE = 0.02  # ...and so many seconds more, before a hop counts as slow
 _GAIN = 0.25  # of the time still to come, that another route must save...
@@ -117,9 +117,9 @@ def price_route(
 
 def is_slow(recent: Sequence[float], expected: float) -> bool:
     """Whether a hop whose last steps took so many seconds each is not what was expected of it."""
-    if len(recent) < _JUDGED:
+    if len(recent) < JUDGED:
         return False
-    return median(recent[-_JUDGED:]) > _SLOW * expected + _PATIENCE
+    return median(recent[-JUDGED:]) > _SLOW * expected + _PATIENCE
 
 
 def better_route(stay: float, go: float, replay: float) -> bool:

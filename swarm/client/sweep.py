@@ -2,15 +2,18 @@
 
 A hop may use any part of a server's blocks and its time is linear in their number, so the border
 between two hops can be moved, without loss, until it meets the end of the first server or the start
-of the second: only those borders need to be looked at. The result is exact.
+of the second: only those borders need to be looked at. At each of them the `_SOURCES` least costly
+chains so far are gone on from, which is all of them in small swarms; so there the result is exact.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from swarm.client.pricing import Places, Prices
+from swarm.client.pricing import Floats, Places, Prices
 from swarm.types import BlockRange
+
+_SOURCES = 16
 
 Chain = list[tuple[int, BlockRange]]
 """Places of servers, and what of their blocks."""
@@ -33,9 +36,6 @@ class _Sweep:
         self._cost = np.full(self._count, np.inf)
         self._entry = np.zeros(self._count, np.int64)
         self._past: list[Places] = []  # `entry` when a border was reached
-        self._extra = prices.extra[prices.holders.links.link]
-        # Links that take longer than by way of the client.
-        self._worse = (prices.extra > 0) & np.isfinite(prices.extra)
 
     def run(self) -> Chain:
         holders, prices, start = self._holders, self._prices, self._blocks.start
@@ -53,33 +53,20 @@ class _Sweep:
             starting, ending = holders.starting[border], holders.ending[border]
             fee[starting] = fixed[starting]
             fee[ending] = np.inf
-            costs, before = self._entries(border, best, fee)
+            targets = (fee < np.inf).nonzero()[0]
+            costs, before = self._entries(targets, fee)
             self._cost[ending] = np.inf
-            better = (costs < self._cost).nonzero()[0]
-            self._cost[better] = costs[better]
-            self._entry[better] = self._count * index + before[better]
+            better = (costs < self._cost[targets]).nonzero()[0]
+            self._cost[targets[better]] = costs[better]
+            self._entry[targets[better]] = self._count * index + before[better]
         return self._trace(len(self._borders) - 1, best)
 
-    def _entries(self, border: int, best: int, fee: np.ndarray) -> tuple[np.ndarray, Places]:
-        """What it takes to be in each server when it is entered here, and whom to come from."""
-        cost, links = self._cost, self._holders.links
-        costs, before = fee + cost[best], np.full(self._count, best)
-        leaving = links.leaving(best)
-        for target in links.target[leaving][self._worse[leaving]].tolist():
-            if fee[target] < np.inf:  # the way that it was taken to have is not there
-                others = cost.copy()
-                to_it = links.leading_to(target)
-                others[links.source[to_it][self._worse[to_it]]] = np.inf
-                before[target] = others.argmin()
-                costs[target] = others[before[target]] + fee[target]
-        here = links.at(border)
-        source, target = links.sources[here], links.targets[here]
-        linked = cost[source] + self._extra[here] + fee[target]
-        won = (linked < costs[target]).nonzero()[0]
-        if len(won):
-            won = won[np.argsort(-linked[won])]  # of several for one server, the last one counts
-            costs[target[won]], before[target[won]] = linked[won], source[won]
-        return costs, before
+    def _entries(self, targets: Places, fee: Floats) -> tuple[Floats, Places]:
+        """What it takes to be in each of these when it is entered here, and whom to come from."""
+        sources = self._cost.argpartition(min(_SOURCES, self._count) - 1)[:_SOURCES]
+        costs = self._prices.extras(sources, targets) + self._cost[sources][:, None]
+        before = costs.argmin(0)
+        return costs[before, np.arange(len(targets))] + fee[targets], sources[before]
 
     def _trace(self, index: int, place: int) -> Chain:
         chain: Chain = []

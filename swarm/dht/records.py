@@ -33,7 +33,7 @@ MAX_RECORD_BYTES = 1024
 CLOCK_SLACK = 3600.0  # seconds that two peers' clocks may differ
 MAX_LIFETIME = 600  # seconds
 RETENTION = CLOCK_SLACK + MAX_LIFETIME  # seconds after its announcement that the DHT keeps a record
-MAX_NEXT_RTTS = 8  # servers of which a record says how far they are
+MAX_NEXT_RTTS = 6  # servers of which a record says how far they are
 REGISTRY = "models"  # the DHT key where some servers of each model are listed
 
 _SCHEMA = 1
@@ -95,7 +95,7 @@ class ServerRecord(BaseModel):
     lifetime: Annotated[int, Field(ge=1, le=MAX_LIFETIME)] = 90  # seconds
     page_bits: Annotated[int, Field(ge=0, le=MAX_BITS)] = 0  # of the page it lies on (pages.py)
     coordinates: tuple[Coordinate, Coordinate, Coordinate, Height] | None = None  # 0.1 ms
-    uplink: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)] = 0.0  # bytes/s left of it
+    uplink: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # KiB/s that its line has left; 0: unknown
 
     @model_validator(mode="after")
     def _bounds_of_shared_types(self) -> ServerRecord:

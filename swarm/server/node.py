@@ -6,13 +6,13 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from pydantic import ValidationError
 
-from swarm.asking import measure_rtt
+from swarm.asking import measure_rtt, measure_uplink
 from swarm.certificates import issue_certificate, needs_rotation
 from swarm.dht.addresses import joinable_at, own_host
 from swarm.dht.announcer import Announcer
@@ -43,7 +43,7 @@ from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.exposition import families
 from swarm.server.handler import Handler, Served
-from swarm.server.neighbours import Neighbours
+from swarm.server.neighbours import Measure, Neighbours
 from swarm.server.placement import Holder, believe, choose_span
 from swarm.server.serving import Serving, Source
 from swarm.transport import Endpoint, Service
@@ -147,7 +147,11 @@ class ServerNode:
         stack.push_async_callback(self._rpc.stop, 0.0)
         await self._announce(ServerState.ONLINE)
         self._neighbours = Neighbours(
-            self._directory, lambda: self.record, self._distance, random.SystemRandom()
+            self._directory,
+            lambda: self.record,
+            self._asker(measure_rtt),
+            self._asker(measure_uplink),
+            random.SystemRandom(),
         )
         self._tasks.append(asyncio.create_task(self._neighbours.run()))
         self._balancing = asyncio.create_task(self._balance())
@@ -178,7 +182,7 @@ class ServerNode:
     ) -> SwarmView:
         """Settle what is served: blocks and numerics, by what others do."""
         config, model = self._config, ModelId(checkpoint.name, checkpoint.fingerprint)
-        self._directory = Directory(self._dht, model, count_blocks(checkpoint))
+        self._directory = Directory(self._dht, model, count_blocks(checkpoint), whole=True)
         view = self._directory.view
         if config.peers:
             view = await self._directory.refresh()
@@ -329,6 +333,8 @@ class ServerNode:
             throughput=speeds.alone,
             batch_throughput=speeds.of_16,
             next_rtts=self._neighbours.next_rtts if self._neighbours else {},
+            coordinates=self._neighbours.coordinates if self._neighbours else None,
+            uplink=self._neighbours.uplink if self._neighbours else 0,
             queue=min(load.queue, 65_535) if load else 0,
             free_tokens=load.free_tokens if load else 0,
             version=_version(),
@@ -336,8 +342,9 @@ class ServerNode:
             lifetime=self._config.limits.record_lifetime,
         )
 
-    async def _distance(self, endpoint: Endpoint) -> float:
-        return await measure_rtt(self._transport, self._served.access, endpoint, _ASK_SECONDS)
+    def _asker(self, ask: Callable[..., Awaitable[float]]) -> Measure:
+        access = self._served.access
+        return lambda endpoint: ask(self._transport, access, endpoint, _ASK_SECONDS)
 
     def _signed_record(self) -> bytes:
         signed = self._announcer.signed

@@ -33,11 +33,14 @@ def swarms(draw: st.DrawFn) -> tuple[list[SignedRecord], PeerBook]:
             throughput=draw(speeds),
             queue=draw(st.integers(0, 9)),
             next_rtts=draw(near),
+            coordinates=draw(st.none() | st.tuples(*[st.integers(-900, 900)] * 3, st.just(20))),
         )
         for name in names
     ]
     rtts = st.sampled_from([0.001, 0.02, 0.3])
-    return servers, book(**{name: draw(rtts) for name in names if draw(st.booleans())})
+    peers = book(**{name: draw(rtts) for name in names if draw(st.booleans())})
+    peers.coordinates = draw(st.sampled_from([None, (0.01, 0.0, 0.0, 0.002)]))
+    return servers, peers
 
 
 def all_chains(

@@ -65,7 +65,7 @@ RECORDS = st.builds(
     throughput=st.floats(0, 1e9),
     batch_throughput=st.floats(0, 1e9),
     next_rtts=st.dictionaries(
-        st.text(string.ascii_letters, min_size=8, max_size=8), st.integers(0, 65_535), max_size=8
+        st.text(string.ascii_letters, min_size=8, max_size=8), st.integers(0, 65_535), max_size=6
     ),
     queue=st.integers(0, 65_535),
     free_tokens=st.integers(0, 2**32 - 1),
@@ -75,6 +75,8 @@ RECORDS = st.builds(
     announced_at=st.just(int(NOW * 1000)),
     lifetime=st.integers(1, 600),
     page_bits=st.integers(0, 16),
+    coordinates=st.none() | st.tuples(*[st.integers(-32_767, 32_767)] * 3, st.integers(0, 32_767)),
+    uplink=st.integers(0, (1 << 32) - 1),
 )
 
 
@@ -97,7 +99,7 @@ def test_the_largest_record_fits() -> None:
         state=ServerState.DRAINING,
         throughput=1 / 3,
         batch_throughput=1 / 3,
-        next_rtts={f"{i:08}": 65_535 for i in range(8)},
+        next_rtts={f"{i:08}": 65_535 for i in range(6)},
         queue=65_535,
         free_tokens=2**32 - 1,
         adapters=("a" * 20,) * 3,
@@ -106,6 +108,8 @@ def test_the_largest_record_fits() -> None:
         announced_at=2**53 - 1,
         lifetime=600,
         page_bits=16,
+        coordinates=(-32_767, -32_767, -32_767, 32_767),
+        uplink=(1 << 32) - 1,
     )
     data = sign_record(largest, ALICE, KEY).data
     assert len(data) <= MAX_RECORD_BYTES
@@ -134,11 +138,15 @@ def test_the_largest_record_fits() -> None:
         {"batch_throughput": 1.1e9},
         {"queue": -1},
         {"next_rtts": {"short": 1}},
-        {"next_rtts": {f"{i:08}": 1 for i in range(9)}},
+        {"next_rtts": {f"{i:08}": 1 for i in range(7)}},
         {"adapters": ("a",) * 4},
         {"public_name": "\x1b[31mred"},
         {"lifetime": 601},
         {"page_bits": 17},
+        {"coordinates": (0, 0, 0, -1)},
+        {"coordinates": (0, 0, 32_768, 0)},
+        {"coordinates": (0, 0, 0)},
+        {"uplink": -1},
         {"surprise": 1},
     ],
 )
