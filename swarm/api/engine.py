@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -85,9 +85,7 @@ class Engine:
             ids = await self._in_thread(lambda: self._tokenizer(prompt).input_ids)
         else:
             ids = list(prompt)
-            if any(not 0 <= token < self._size for token in ids):
-                few = f"token ids of this model are from 0 to {self._size - 1}"
-                raise HttpProblem(400, few, param=param)
+            self._check_ids(ids, param)
         return self._fitting(ids, asked, param)
 
     async def read_chat(self, messages: Sequence[ChatMessage], asked: Asked) -> Prompt:
@@ -136,9 +134,6 @@ class Engine:
         if asked.repetition_penalty is not None:
             options["repetition_penalty"] = asked.repetition_penalty
         if bias := asked.bias:
-            if max(bias) >= self._size:
-                few = f"token ids of this model are from 0 to {self._size - 1}"
-                raise HttpProblem(400, few, param="logit_bias")
             options["sequence_bias"] = [[[token], float(bias[token])] for token in bias]
         if asked.frequency_penalty or asked.presence_penalty:
             penalties = Penalties(
@@ -147,7 +142,13 @@ class Engine:
             options["logits_processor"] = LogitsProcessorList([penalties])
         return options
 
+    def _check_ids(self, ids: Iterable[int], param: str) -> None:
+        if any(not 0 <= token < self._size for token in ids):
+            few = f"token ids of this model are from 0 to {self._size - 1}"
+            raise HttpProblem(400, few, param=param)
+
     def _fitting(self, ids: list[int], asked: Asked, param: str) -> Prompt:
+        self._check_ids(asked.bias, "logit_bias")
         if not ids:
             begin = self._tokenizer.bos_token_id
             if begin is None:

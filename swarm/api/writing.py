@@ -64,7 +64,11 @@ async def write(
     travels = asked.stream_options is not None and asked.stream_options.include_route
 
     async def one(index: int) -> None:
-        stream = engine.begin(prompts[index // choices], asked, index % choices)
+        try:
+            stream = engine.begin(prompts[index // choices], asked, index % choices)
+        except Exception as error:  # noqa: BLE001  # raised again where the items are taken
+            items.put_nowait(error)
+            return
         watch = _Watch(stream, index, items.put_nowait)
         watching = asyncio.create_task(watch.keep_looking()) if travels else None
         try:
@@ -84,9 +88,9 @@ async def write(
         async with asyncio.TaskGroup() as group:
             for index in range(len(prompts) * choices):
                 group.create_task(one(index))
-        items.put_nowait(None)
 
     work = asyncio.create_task(everyone())
+    work.add_done_callback(lambda _: items.put_nowait(None))  # however it ended
     try:
         while (item := await items.get()) is not None:
             if isinstance(item, BaseException):
