@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from swarm.client.remote import (
     kept_positions,
     watched_blocks,
 )
+from swarm.client.training_parts import load_trained, save_trained
+from swarm.client.training_prompts import SoftPrompts
 from swarm.client.turns import finish, resume
 from swarm.errors import UsageError
 from swarm.models.shell import stack_of
@@ -34,6 +37,20 @@ class DistributedMixin:
     def inference_session(self, max_length: int = 2048) -> InferenceSession:
         """Caches that outlive one `generate`; see `InferenceSession`."""
         return self.remote_blocks.inference_session(max_length)
+
+    @property
+    def prompts(self) -> SoftPrompts | None:
+        """What `tuning_mode` asked for."""
+        return self.remote_blocks.prompts
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Only what is trained here (`requires_grad`), and the config; `load_trained` and the
+        Trainer, when it resumes, read it."""
+        save_trained(cast(Any, self), Path(save_directory))
+
+    def load_trained(self, folder: str | Path) -> None:
+        """What `save_pretrained` wrote. Raises UsageError."""
+        load_trained(cast(Any, self), Path(folder))
 
 
 class GeneratingMixin(DistributedMixin, PlainMixin):
@@ -75,6 +92,8 @@ class GeneratingMixin(DistributedMixin, PlainMixin):
         self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Over a session of its own, which ends with the call unless the result hands it out."""
+        if self.prompts is not None and self.prompts.deep is not None:
+            kwargs["use_cache"] = False  # sessions know no deep prompts
         if kwargs.get("use_cache") is False or kwargs.get("past_key_values") is not None:
             return super().generate(inputs, *args, **kwargs)  # pyright: ignore
         session = self.inference_session(max_length=1)

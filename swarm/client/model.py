@@ -18,6 +18,7 @@ from swarm.client.generation import distributed_class
 from swarm.client.hop import Terms
 from swarm.client.network import SwarmNetwork
 from swarm.client.remote import Connection, RemoteBlocks
+from swarm.client.training_prompts import SoftPrompts
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
 from swarm.identity import SwarmKey
@@ -51,12 +52,18 @@ class AutoDistributedModel:
         initial_peers: multiaddrs of peers of the swarm; None takes them from SWARM_PEERS.
         swarm_key: of a private swarm: a key, its text or its file; None takes it from SWARM_KEY.
         dtype: "auto" takes what the swarm's servers compute in.
-        source: `revision`, `token` and `name` (the model's name in the swarm), for the checkpoint.
+        source: `revision`, `token` and `name` (the model's name in the swarm), for the checkpoint;
+            `tuning_mode` ("ptune" or "deep_ptune") and `pre_seq_len`, for soft prompts;
+            `num_labels` of a new classification head.
         Raises UsageError (among them CheckpointError) in one sentence, NoRoute.
         """
         if "torch_dtype" in source:  # transformers' older name for it
             dtype = source.pop("torch_dtype")
+        mode, length = source.pop("tuning_mode", None), source.pop("pre_seq_len", 0)
+        labels = source.pop("num_labels", None)
         checkpoint = Checkpoint.open(name_or_path, **source)
+        if labels is not None:
+            checkpoint.config.num_labels = labels
         sizes = cast(Any, text_config(checkpoint.config))
         model_id = ModelId(checkpoint.name, checkpoint.fingerprint)
         config = config or ClientConfig()
@@ -85,6 +92,9 @@ class AutoDistributedModel:
         ).eval()
         model.__class__ = distributed_class(type(model))
         cast(Any, model).remote_blocks = blocks
+        if mode is not None:
+            embeddings = cast(Any, model).get_input_embeddings().weight
+            blocks.prompts = SoftPrompts(mode, length, len(blocks), embeddings)
         return model
 
 
@@ -95,7 +105,7 @@ class AutoDistributedModelForCausalLM(AutoDistributedModel):
 
 
 class AutoDistributedModelForSequenceClassification(AutoDistributedModel):
-    """The model with a classification head, which the checkpoint must hold."""
+    """The model with a classification head: the checkpoint's, or a new one, to be trained."""
 
     _auto_class: Any = AutoModelForSequenceClassification
 

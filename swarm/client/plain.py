@@ -131,6 +131,8 @@ class PlainMixin:
         journey: Journey | None = None,
     ) -> list[int]:
         """The new ids. For the background loop."""
+        if self.remote_blocks.prompts is not None:
+            raise UsageError("streams put no soft prompts in front of texts: use `generate`")
         journey = journey or Journey()
         if session is not None:
             inputs, mask, _ = resume(session, inputs, kwargs.pop("attention_mask", None))
@@ -217,6 +219,7 @@ class PlainMixin:
             return input_ids
         if plain and generation_config.prefill_chunk_size is None:
             cache = _plain_cache(input_ids, model_kwargs)
+            cache = cache if self.remote_blocks.prompts is None else None
             theirs = all(map(_is_theirs, (*logits_processor, *stopping_criteria)))
             decoder = self._decoder() if cache is not None and theirs else None
             if cache is not None and decoder is not None and decoder.ends.as_made:

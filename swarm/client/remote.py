@@ -21,6 +21,7 @@ from swarm.client.session import RemoteSession
 from swarm.client.training import Market, TrainingClient, pass_through
 from swarm.client.training_hop import Post
 from swarm.client.training_plan import Workers
+from swarm.client.training_prompts import SoftPrompts
 from swarm.config import ClientConfig
 from swarm.errors import UsageError
 from swarm.identity import Access
@@ -84,11 +85,14 @@ class InferenceSession:
     uses inside the block. `max_length` is what servers reserve; growing beyond it costs a replay.
     """
 
-    def __init__(self, connection: Connection, blocks: BlockRange, max_length: int) -> None:
+    def __init__(
+        self, connection: Connection, blocks: BlockRange, max_length: int, prefix: int = 0
+    ) -> None:
         if max_length < 1:
             raise UsageError(f"max_length is {max_length}; a session needs at least one position")
         self.blocks = blocks
         self.max_length = max_length
+        self.prefix = prefix  # positions in front of every text, which are not counted
         self.output_ids: Tensor | None = None
         self.attention_mask: Tensor | None = None  # of output_ids; None: no padding
         self.doubtful_from: int | None = None  # since a generate broke off, servers hold its tokens
@@ -100,7 +104,7 @@ class InferenceSession:
     @property
     def position(self) -> int:
         """Positions that the servers hold. Setting it rolls back; the text is cut to it, too."""
-        return 0 if self._remote is None else self._remote.position
+        return 0 if self._remote is None else max(0, self._remote.position - self.prefix)
 
     @position.setter
     def position(self, position: int) -> None:
@@ -124,9 +128,14 @@ class InferenceSession:
         return [] if self._remote is None else list(self._remote.log)
 
     @property
+    def standbys(self) -> Sequence[Hop]:
+        """Servers that stand by for those of the route (`ClientConfig.standby_after`)."""
+        return [] if self._remote is None else self._remote.tending.standbys
+
+    @property
     def moves(self) -> int:
-        """How often a server that left handed the session over, so that nothing was replayed."""
-        return 0 if self._remote is None else self._remote.moves
+        """How often a server was left that had not failed: it ended, or another one was better."""
+        return 0 if self._remote is None else self._remote.tending.moves
 
     def rollback(self, position: int) -> None:
         """Forget what came after `position`, servers and client alike. Raises UsageError."""
@@ -135,7 +144,7 @@ class InferenceSession:
                 f"cannot go to position {position}; this session is at {self.position}"
             )
         if self._remote is not None:
-            self._remote.rollback(position)
+            self._remote.rollback(position + self.prefix if position else 0)
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i continues what row `rows[i]` was (beam search)."""
@@ -157,14 +166,15 @@ class InferenceSession:
         ones, which spares the link the others. Raises NoRoute, SessionClosed.
         """
         remote = self.remote(hidden_states.shape[0])
-        inputs = _inputs(self.position, hidden_states, position_ids, padding)
+        inputs = _inputs(remote.position, hidden_states, position_ids, padding)
         output = self._connection.loop.call(remote.step(hidden_states, inputs, keep))
         return output.to(hidden_states.device, hidden_states.dtype)
 
     def remote(self, rows: int) -> RemoteSession:
         """What lives in the background loop; servers hear of it with its first step."""
         if self._remote is None:
-            self._remote = self._connection.open(self.blocks, rows, self.max_length)
+            length = self.max_length + self.prefix
+            self._remote = self._connection.open(self.blocks, rows, length)
             self._closer = weakref.finalize(self, _close, self._connection.loop, self._remote)
             self._closer.atexit = False  # at exit the streams end anyway
         return self._remote
@@ -250,6 +260,7 @@ class RemoteBlocks(nn.Module):
         super().__init__()
         self.connection = connection
         self.blocks = blocks
+        self.prompts: SoftPrompts | None = None  # in front of all texts
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -263,11 +274,13 @@ class RemoteBlocks(nn.Module):
         if stride != 1 or start >= end:
             raise IndexError(f"{index} does not name consecutive blocks of {self.blocks}")
         first = self.blocks.start
-        return RemoteBlocks(self.connection, BlockRange(first + start, first + end))
+        part = RemoteBlocks(self.connection, BlockRange(first + start, first + end))
+        return part.train(self.training)
 
     def inference_session(self, max_length: int = 2048) -> InferenceSession:
         """Reserves `max_length` positions per row on every server, at the first step."""
-        return InferenceSession(self.connection, self.blocks, max_length)
+        prefix = 0 if self.prompts is None else len(self.prompts)
+        return InferenceSession(self.connection, self.blocks, max_length, prefix)
 
     def forward(
         self,
@@ -287,41 +300,68 @@ class RemoteBlocks(nn.Module):
         padding = None
         if attention_mask is not None:  # of the new tokens alone, of which there may be none
             padding = attention_mask[:, attention_mask.shape[1] - tokens :]
-        learning = torch.is_grad_enabled() and hidden.requires_grad
-        if isinstance(past_key_values, RemoteCache):
-            if learning:
-                raise UsageError(
-                    "gradients do not pass through a session: call the model without a cache, or "
-                    "under torch.no_grad()"
-                )
-            session, keep = past_key_values.session, _kept.get()
-            output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
-            return _at_end(output, tokens)
-        states = _watched.get()
-        if states is None:
-            return self._pass(hidden, position_ids, padding)
-        for block in range(len(self)):
-            states.append(hidden)
-            hidden = self[block]._pass(hidden, position_ids, padding)
-        return hidden
+        session = past_key_values.session if isinstance(past_key_values, RemoteCache) else None
+        if self.prompts is not None:
+            begun = session is not None and session.position > 0
+            position_ids = self.prompts.positions(position_ids, begun=begun)
+            if not begun:
+                hidden, padding = self.prompts.before(hidden), self.prompts.padding(padding)
+        if session is not None:
+            output = self._step(session, hidden, position_ids, padding)
+        elif (states := _watched.get()) is not None:
+            for block in range(len(self)):
+                states.append(hidden[:, hidden.shape[1] - tokens :])
+                hidden = self[block]._pass(hidden, position_ids, padding, self._deep(block))
+            output = hidden
+        else:
+            output = self._pass(hidden, position_ids, padding, self._deep())
+        return _at_end(output, tokens)
 
-    def _pass(self, hidden: Tensor, position_ids: Tensor | None, padding: Tensor | None) -> Tensor:
+    def _deep(self, block: int | None = None) -> Tensor | None:
+        deep = None if self.prompts is None else self.prompts.deep
+        return deep if deep is None or block is None else deep[block : block + 1]
+
+    def _step(
+        self,
+        session: InferenceSession,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            raise UsageError(
+                "gradients do not pass through a session: call the model without a cache, or "
+                "under torch.no_grad()"
+            )
+        if self._deep() is not None:
+            raise UsageError("sessions know no deep prompts: give generate use_cache=False")
+        keep = _kept.get()
+        return session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
+
+    def _pass(
+        self,
+        hidden: Tensor,
+        position_ids: Tensor | None,
+        padding: Tensor | None,
+        deep: Tensor | None,
+    ) -> Tensor:
         """Through all blocks: to train, or over a session that is used once."""
-        if torch.is_grad_enabled() and (hidden.requires_grad or self.training):
+        learns = torch.is_grad_enabled() and (hidden.requires_grad or self.training)
+        if learns or deep is not None:
             inputs = _inputs(0, hidden, position_ids, padding)
-            return pass_through(self.connection.training, self.blocks, hidden, inputs)
-        session, keep = self.inference_session(max_length=max(1, hidden.shape[1])), _kept.get()
+            return pass_through(self.connection.training, self.blocks, hidden, inputs, deep)
+        session = InferenceSession(self.connection, self.blocks, max(1, hidden.shape[1]))
         try:
-            output = session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
-            return _at_end(output, hidden.shape[1])
+            keep = _kept.get()
+            return session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
         finally:
             session.close()
 
 
 def _at_end(output: Tensor, tokens: int) -> Tensor:
-    """`[B, T, H]` with zeros before the positions that came back."""
+    """`[B, tokens, H]`: the last of the positions that came back, or zeros before them."""
     missing = tokens - output.shape[1]
-    return torch.nn.functional.pad(output, (0, 0, missing, 0)) if missing > 0 else output
+    return torch.nn.functional.pad(output, (0, 0, missing, 0)) if missing else output
 
 
 @contextmanager

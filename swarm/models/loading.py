@@ -113,10 +113,15 @@ def _load(
             device_map=None if device.type == "cpu" else {"": device},
             output_loading_info=True,
         )
-    if report["missing_keys"]:
-        some = ", ".join(sorted(report["missing_keys"])[:3])
+    missing = sorted(report["missing_keys"])
+    head = [name for name in missing if not name.startswith(f"{cls.base_model_prefix}.")]
+    if missing and (len(head) < len(missing) or cls.can_generate()):
+        some = ", ".join(missing[:3])
         raise CheckpointError(f"{checkpoint.name} lacks tensors that the model needs: {some}")
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    for name in head:  # new, and to be trained: transformers has made it up
+        model.get_parameter(name).requires_grad_()
+    return model
 
 
 def _fetch(checkpoint: Checkpoint, names: Collection[str]) -> Mapping[str, Path]:
