@@ -133,7 +133,7 @@ class RpcServer:
         _hush()
         self.rotate(certificate)
         credentials = grpc.dynamic_ssl_server_credentials(
-            cast(Any, self._credentials), lambda: cast(Any, self._credentials)
+            cast(Any, self._fresh_credentials()), self._fresh_credentials
         )
         server = grpc.aio.server(options=_SERVER_OPTIONS)
         methods: dict[str, Any] = {
@@ -156,6 +156,13 @@ class RpcServer:
         self._credentials = grpc.ssl_server_certificate_configuration(
             [(certificate.key_pem, certificate.pem)]
         )
+
+    def _fresh_credentials(self) -> Any:
+        """Those that gRPC has not seen yet. It asks before every handshake, and when it gets some,
+        frees those before, which another handshake may be about to use: given the same ones each
+        time, it crashed within seconds of many people connecting at once."""
+        fresh, self._credentials = self._credentials, None
+        return fresh
 
     async def stop(self, grace: float) -> None:
         """No new streams; those that have not ended after `grace` seconds are cancelled."""

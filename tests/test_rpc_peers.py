@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -202,6 +203,31 @@ def test_only_false_alarms_are_silenced(
 
     run(go())
     assert [message in record.message for record in caplog.records] == [True] * heard
+
+
+def test_many_who_connect_at_once_do_not_bring_a_server_down() -> None:
+    """They did, within 200 to 1,500 handshakes."""
+    client = ssl.create_default_context()
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    client.set_alpn_protocols(["h2"])
+
+    def connect(_: int) -> None:
+        with (
+            socket.create_connection(("127.0.0.1", port), TIMEOUT) as plain,
+            client.wrap_socket(plain),
+        ):
+            pass
+
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            port = int(process.stdout.readline().split()[0])
+            with ThreadPoolExecutor(8) as pool:
+                for _ in pool.map(connect, range(1500)):
+                    pass
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
 def test_a_killed_server_is_noticed_at_once_and_a_stopped_one_is_not_waited_for() -> None:
