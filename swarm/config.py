@@ -52,5 +52,6 @@ class ClientConfig:
     chunk_bytes: int = 1 << 19  # a prefill travels in frames of at most about this size
     history_bytes: int = 4 << 30  # memory for replays, over one session
     codec: Codec = "none"  # mxint8: a quarter of the bytes, and not exact (docs/benchmarks.md)
+    standby_after: int | None = None  # positions from which each hop has a warm standby; None: none
     allowed_servers: frozenset[str] = frozenset()  # peer ids; empty: all
     blocked_servers: frozenset[str] = frozenset()

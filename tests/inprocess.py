@@ -13,6 +13,7 @@ from typing import Any
 
 from swarm.client.hop import Terms
 from swarm.client.remote import Connection, RemoteBlocks
+from swarm.client.route import Leg
 from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
 from swarm.dht.records import ServerRecord, SignedRecord, open_record, sign_record
 from swarm.errors import NoRoute, SwarmError
@@ -52,15 +53,38 @@ class FakeRouter:
     banned: set[str] = field(default_factory=set)
     failures: list[tuple[str, SwarmError]] = field(default_factory=list)
     refreshed: int = 0
+    best: Sequence[Leg] | None = None  # which is worth a move from any other one
+    expected: float | None = None  # seconds, of each hop
+    rtts: dict[str, float] = field(default_factory=dict)
 
-    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
-        route: list[tuple[SignedRecord, BlockRange]] = []
+    def better(
+        self, hops: Sequence[tuple[str, BlockRange]], terms: Terms, position: int
+    ) -> Sequence[Leg] | None:
+        best = [(server.record.peer_id, blocks) for server, blocks in self.best or ()]
+        return None if best == list(hops) else self.best
+
+    def step_seconds(
+        self, hops: Sequence[tuple[str, BlockRange]], terms: Terms
+    ) -> Sequence[float] | None:
+        return None if self.expected is None else [self.expected] * len(hops)
+
+    def rtt(self, peer_id: str) -> float | None:
+        return self.rtts.get(peer_id)
+
+    def route(
+        self,
+        blocks: BlockRange,
+        terms: Terms,
+        prompt: int | None = None,
+        exclude: frozenset[str] = frozenset(),
+    ) -> Sequence[Leg]:
+        route: list[Leg] = []
         at = blocks.start
         while at < blocks.end:
             able = [
                 server
                 for name, server in self.servers.items()
-                if name not in self.banned
+                if name not in self.banned | exclude
                 and server.record.blocks.start <= at < server.record.blocks.end
             ]
             if not able:
@@ -197,6 +221,7 @@ class InProcessSwarm:
         key: SwarmKey | None = None,
         client: int = 99,
         codec: Codec = "none",
+        standby_after: int | None = None,
     ) -> RemoteBlocks:
         """A client's view of the swarm."""
         terms = Terms(
@@ -213,7 +238,7 @@ class InProcessSwarm:
             self.router,
             self.network.transport(f"client {client}"),
             Access(identity(client), key or self.key),
-            ClientConfig(timeouts=timeouts, chunk_bytes=chunk_bytes),
+            ClientConfig(timeouts=timeouts, chunk_bytes=chunk_bytes, standby_after=standby_after),
         )
         return RemoteBlocks(connection, blocks)
 

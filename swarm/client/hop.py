@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -94,6 +95,7 @@ class Hop:
         )
         self.pushes_to: PushTarget | None = None
         self.cannot_push_to: PushTarget | None = None
+        self.listener: Listener  # since it was opened
         self._terms = terms
         self._stream: Stream | None = None
         # Bounded by the window: nobody sends more than may be unanswered.
@@ -120,12 +122,13 @@ class Hop:
         timeout: float,
     ) -> None:
         """Reserve the server's cache; a failure is kept in `failure`, not raised."""
+        self.listener = listener
         try:
             async with asyncio.timeout(timeout):
                 self._stream = stream = await transport.open_stream(
                     self.endpoint, "session", timeout
                 )
-                conversation, asked = Conversation(REPLIES), asyncio.get_running_loop().time()
+                conversation, asked = Conversation(REPLIES), time.perf_counter()
                 await stream.send(encode(self._opening(access, next_target)))
                 message = conversation.receive(await _next(stream))
         except TimeoutError:
@@ -134,19 +137,22 @@ class Hop:
         except SwarmError as error:
             self.lose(error)
             return
+        except asyncio.CancelledError:
+            self.lose(SessionClosed("nobody waits for it any more"))
+            raise
         if isinstance(message, Refused):
             self.lose(_refusal(message))
         if self.failure is not None:  # perhaps lost while it was opened
             stream.cancel()
             return
         assert isinstance(message, Opened)
-        self.rtt = asyncio.get_running_loop().time() - asked
+        self.rtt = time.perf_counter() - asked
         self.window = min(message.window, _MAX_WINDOW)
         self.max_step_tokens = message.max_step_tokens
         self.hands_over = HAND_OVER in message.capabilities
         self.pushes_to = next_target
         self._tasks = [
-            asyncio.create_task(self._read(stream, conversation, listener)),
+            asyncio.create_task(self._read(stream, conversation)),
             asyncio.create_task(self._write(stream)),
         ]
 
@@ -263,10 +269,12 @@ class Hop:
                 frame = await self._outgoing.get()
                 await stream.send(frame)
 
-    async def _read(self, stream: Stream, conversation: Conversation, listener: Listener) -> None:
+    async def _read(self, stream: Stream, conversation: Conversation) -> None:
         try:
             while True:
-                match conversation.receive(await _next(stream)):
+                message = conversation.receive(await _next(stream))
+                listener = self.listener
+                match message:
                     case Output() as output:
                         listener.on_output(self, output)
                     case Synced() as synced:
@@ -284,7 +292,7 @@ class Hop:
                         raise AssertionError
         except SwarmError as error:
             self.lose(error)
-            listener.on_lost(self)
+            self.listener.on_lost(self)
 
     def _on_synced(self, synced: Synced) -> None:
         asked = self._synced

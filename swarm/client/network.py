@@ -49,7 +49,10 @@ from swarm.types import DTYPE_BYTES, BlockRange, DType, ModelId, Numerics, mxint
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY = 20.0  # seconds between looks into the DHT while nothing is wrong
+_LOOK_EVERY = 20.0  # seconds between looks into the DHT while nothing is wrong...
+_LOOK_RARELY = 32.0  # ...with many servers: a record must be seen to advance within its 90 s
+_PER_SERVER = 0.05  # seconds more for each: 2 kB/s from each replica asked...
+_AT_ONCE = 0.002  # ...and when something is wrong
 _FIRST_PROBES = 16  # servers that are asked how far they are at the start, all at once...
 _PROBES = 2  # ...and then after each look
 _PROBE_SECONDS = 5.0
@@ -90,13 +93,17 @@ class ModelRouter:
         return self._book.pace
 
     def route(
-        self, blocks: BlockRange, terms: Terms, prompt: int | None = None
+        self,
+        blocks: BlockRange,
+        terms: Terms,
+        prompt: int | None = None,
+        exclude: frozenset[str] = frozenset(),
     ) -> Sequence[tuple[SignedRecord, BlockRange]]:
         """For `prompt` positions (None: who knows) and whatever else a session may come to.
 
         Raises NoRoute, which names the blocks that are missing.
         """
-        request = self._request(blocks, terms, prompt)
+        request = replace(self._request(blocks, terms, prompt), exclude=exclude)
         try:
             hops = self.choose(request)
         except NoRoute:
@@ -193,9 +200,11 @@ class ModelRouter:
         )
 
     async def refresh(self) -> None:
-        """Look into the DHT again, at most every `timeouts.refresh` seconds."""
+        """Look into the DHT again, at most every `timeouts.refresh` seconds, and more rarely the
+        more there is to read: all clients may miss the same blocks at once."""
         async with self._looking:
-            if time.monotonic() - self._looked < self._config.timeouts.refresh:
+            pause = max(self._config.timeouts.refresh, _AT_ONCE * len(self.view.servers))
+            if time.monotonic() - self._looked < pause:
                 return
             self._looked = time.monotonic()
             try:
@@ -208,7 +217,8 @@ class ModelRouter:
         probes = _FIRST_PROBES
         while True:
             await self.probe(measure, probes)
-            await asyncio.sleep(_LOOK_EVERY * (0.5 + self._rng.random()))
+            period = max(_LOOK_EVERY, min(_LOOK_RARELY, _PER_SERVER * len(self.view.servers)))
+            await asyncio.sleep(period * (0.75 + 0.5 * self._rng.random()))
             await self.refresh()
             probes = _PROBES
 
@@ -244,6 +254,9 @@ class ModelRouter:
             self._book.busy(endpoint.peer_id, now, error.retry_after)
         else:
             self._book.failed(endpoint.peer_id, now, endpoint.certificate_digest)
+
+    def rtt(self, peer_id: str) -> float | None:
+        return self._book.rtt(peer_id)
 
     def worked(
         self, peer_id: str, tokens: int, seconds: float, blocks: int, elapsed: float = 0.0

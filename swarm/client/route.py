@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Container, Sequence
+from collections.abc import Awaitable, Callable, Container, Sequence
 from typing import Protocol
 
 from swarm.client.hop import Hop, Listener, Terms
@@ -27,15 +27,44 @@ from swarm.types import BlockRange
 _CANDIDATES = 4  # to take over from a server that leaves
 _COPIES = 2  # ahead of a hand-over: what came to it during the first one takes the second
 _FEW = 32  # positions that may be left for the pause
+_OPENING = 1.0  # seconds for a server to open a session, besides ten round trips
 # Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
 _INNOCENT = {ErrorCode.CANNOT_REWIND, ErrorCode.GAP}
+
+
+Leg = tuple[SignedRecord, BlockRange]
+"""A server, and which of its blocks are used."""
 
 
 class Router(Protocol):
     """Who serves what, and who has disappointed."""
 
-    def route(self, blocks: BlockRange, terms: Terms) -> Sequence[tuple[SignedRecord, BlockRange]]:
-        """Servers that cover `blocks` without a gap. Raises NoRoute."""
+    def route(
+        self,
+        blocks: BlockRange,
+        terms: Terms,
+        prompt: int | None = None,
+        exclude: frozenset[str] = frozenset(),
+    ) -> Sequence[Leg]:
+        """Servers that cover `blocks` without a gap, and are none of these peers, for `prompt`
+        positions at once and as many steps as a session may come to. Raises NoRoute."""
+        ...
+
+    def better(
+        self, hops: Sequence[tuple[str, BlockRange]], terms: Terms, position: int
+    ) -> Sequence[Leg] | None:
+        """A route that is worth moving to from the one with these peers, which hold so many
+        positions."""
+        ...
+
+    def step_seconds(
+        self, hops: Sequence[tuple[str, BlockRange]], terms: Terms
+    ) -> Sequence[float] | None:
+        """What a step of one position should take at each hop; None: nobody knows."""
+        ...
+
+    def rtt(self, peer_id: str) -> float | None:
+        """Seconds there and back, if that was measured."""
         ...
 
     async def refresh(self) -> None:
@@ -54,6 +83,10 @@ class Router(Protocol):
     def measured(self, peer_id: str, rtt: float) -> None:
         """A question was answered after `rtt` seconds."""
         ...
+
+
+Take = Callable[[Hop], Awaitable[Hop | None]]
+"""Who stands by for a hop that was lost."""
 
 
 class Interrupted(Exception):
@@ -82,23 +115,45 @@ class Route:
         self._transport = transport
         self._access = access
         self._timeouts = timeouts
+        self._begun = False
+        self._vain = 0  # openings in a row of which one failed
+
+    @property
+    def legs(self) -> list[tuple[str, BlockRange]]:
+        """Whose blocks are used."""
+        return [(hop.peer_id, hop.blocks) for hop in self.hops]
 
     async def mend(
-        self, epoch: int, newborn: int, terms: Terms, listener: Listener, patience: float
+        self,
+        epoch: int,
+        newborn: int,
+        prompt: int,
+        terms: Terms,
+        listener: Listener,
+        patience: float,
+        take: Take,
     ) -> bool:
         """Learn who lives and where they stand, replace the others, tell all whom to push to.
 
-        Who does not answer within `patience` seconds counts as dead.
-        `newborn` is the number of the last step that new hops need not know of. Returns whether
-        somebody had to be replaced. Raises NoRoute, Interrupted.
+        Who does not answer within `patience` seconds counts as dead. Who stands by for them is
+        taken first; other new hops need not know of steps up to number `newborn`, but of `prompt`
+        positions. Returns whether somebody had to be replaced. Raises NoRoute, Interrupted.
         """
-        living = [hop for hop in self.hops if hop.alive]
-        await asyncio.gather(*(hop.sync(epoch, patience) for hop in living))
-        lost = [hop for hop in self.hops if not hop.alive]
+        lost, asked = list[Hop](), list(self.hops)
+        while asked:  # who stands by may be dead as well
+            gone = [hop for hop in asked if not hop.alive]
+            spares = [hop for hop in await asyncio.gather(*map(take, gone)) if hop is not None]
+            for hop in spares:
+                hop.listener = listener
+            lost += gone
+            self.hops = sorted([*self.hops, *spares], key=lambda hop: hop.blocks.start)
+            asked = [*(hop for hop in asked if hop.alive), *spares]
+            await asyncio.gather(*(hop.sync(epoch, patience) for hop in asked))
+            asked = [hop for hop in asked if not hop.alive]
         for hop in lost:
             self._blame(hop)
         self.recoveries.lost(lost)
-        self.hops = self._closed_gaps(terms, newborn)
+        self.hops = self._closed_gaps(terms, newborn, prompt)
         targets = [hop.target for hop in self.hops[1:]] + [None]
         await asyncio.gather(
             *(hop.close() for hop in lost),
@@ -110,23 +165,62 @@ class Route:
         for hop in self.hops:
             if not hop.alive:
                 self._blame(hop)
+                self._vain += 1
                 raise Interrupted(f"could not open {hop}: {hop.failure}")
+        self._begun, self._vain = True, 0
         return bool(lost)
+
+    async def change(
+        self, legs: Sequence[Leg], newborn: int, terms: Terms, listener: Listener
+    ) -> bool:
+        """Leave for this route, of which the present hops may be a part. Then `mend`.
+
+        False: it could not be opened, and nothing has changed. Between steps only.
+        """
+        held = {(hop.peer_id, hop.blocks): hop for hop in self.hops if hop.alive}
+        hops = [
+            held.get((server.record.peer_id, blocks)) or Hop(server, blocks, terms)
+            for server, blocks in legs
+        ]
+        new = [hop for hop in hops if not hop.alive]
+        await asyncio.gather(*(self._open(hop, None, 0, listener) for hop in new))
+        if not all(hop.alive for hop in new):
+            for hop in new:
+                self._blame(hop)
+            await asyncio.gather(*(hop.close() for hop in new))
+            return False
+        for hop in new:
+            hop.last_step = newborn
+        old, self.hops = [hop for hop in self.hops if hop not in hops], hops
+        await asyncio.gather(*(hop.close() for hop in old))
+        return True
 
     async def prepare(self, leaving: Hop, terms: Terms, listener: Listener) -> Hop | None:
         """Another server for all blocks of a hop, opened and empty; None if none alone has them."""
         why = RemoteProtocolError(ErrorCode.DRAINING, "it is leaving")
         self._router.failed(leaving.endpoint, why)
+        return await self.second(leaving.blocks, frozenset(), terms, listener, leaving.pushes_to)
+
+    async def second(
+        self,
+        blocks: BlockRange,
+        not_at: frozenset[str],
+        terms: Terms,
+        listener: Listener,
+        target: PushTarget | None = None,
+    ) -> Hop | None:
+        """An empty session for just these blocks, at none of these peers, beside the one that is in
+        use; None if no server alone can."""
         for _ in range(_CANDIDATES):
             try:
-                (server, blocks), *more = self._router.route(leaving.blocks, terms)
+                (server, held), *more = self._router.route(blocks, terms, exclude=not_at)
             except NoRoute:  # somebody may have come to take its place
                 await self._router.refresh()
                 continue
             if more:
                 return None
-            hop = Hop(server, blocks, terms)
-            await self._open(hop, leaving.pushes_to, 0, listener)
+            hop = Hop(server, held, terms)
+            await self._open(hop, target, 0, listener)
             if hop.alive:
                 self._acquaint(hop)
                 return hop
@@ -191,14 +285,14 @@ class Route:
         await asyncio.gather(*(hop.close() for hop in self.hops))
         self.hops = []
 
-    def _closed_gaps(self, terms: Terms, newborn: int) -> list[Hop]:
+    def _closed_gaps(self, terms: Terms, newborn: int, prompt: int) -> list[Hop]:
         """The hops that live, and new ones between them. Raises NoRoute."""
         route: list[Hop] = []
         start = self._blocks.start
         for hop in [*(hop for hop in self.hops if hop.alive), None]:
             gap_end = hop.blocks.start if hop is not None else self._blocks.end
             if start < gap_end:
-                for server, blocks in self._router.route(BlockRange(start, gap_end), terms):
+                for server, blocks in self._router.route(BlockRange(start, gap_end), terms, prompt):
                     route.append(Hop(server, blocks, terms))
                     route[-1].last_step = newborn
             if hop is not None:
@@ -213,10 +307,18 @@ class Route:
             target = None if target == hop.cannot_push_to else target
             await hop.redirect(target, epoch, self._timeouts.sync)
         else:
-            timeout = self._timeouts.connect
+            timeout = self._patience(hop)
             await hop.open(self._transport, self._access, target, listener, timeout)
             if hop.rtt is not None:
                 self._router.measured(hop.peer_id, hop.rtt)
+
+    def _patience(self, hop: Hop) -> float:
+        """Seconds in which a server must have opened its session. In the middle of a text that is
+        little, as others may be quicker, but twice as much after each time that it was in vain."""
+        rtt, longest = self._router.rtt(hop.peer_id), self._timeouts.connect
+        if rtt is None or not self._begun:
+            return longest
+        return min(longest, (_OPENING + 10 * rtt) * 2.0 ** min(self._vain, 10))
 
     def _blame(self, hop: Hop) -> None:
         failure = hop.failure

@@ -31,6 +31,7 @@ from swarm.client.steps import (
     problem_with,
     store,
 )
+from swarm.client.tending import Tending
 from swarm.client.text import Text, feeds
 from swarm.config import ClientConfig
 from swarm.errors import (
@@ -39,7 +40,6 @@ from swarm.errors import (
     PeerUnavailable,
     RemoteProtocolError,
     SessionClosed,
-    SwarmError,
 )
 from swarm.identity import Access
 from swarm.messages import MAX_TOKENS, Output, PushFailed
@@ -68,7 +68,7 @@ class RemoteSession:
     ) -> None:
         self.blocks = blocks
         self.position = 0
-        self.recoveries = self.moves = 0  # a move: to a server that inherits from one that leaves
+        self.recoveries = 0
         self._router = router
         self._config = config
         self._route = Route(blocks, router, transport, access, config.timeouts)
@@ -85,7 +85,9 @@ class RemoteSession:
         self._bell = Bell()
         self._patience = Patience(config.timeouts)
         self._lock, self._closed = asyncio.Lock(), False
-        self._moves: set[asyncio.Task[None]] = set()
+        self.tending = Tending(
+            self._route, router, self._text, self._lock, self._is_well, config.standby_after
+        )
         self._trails = Trails(str(terms.model), str(blocks))
 
     @property
@@ -125,6 +127,8 @@ class RemoteSession:
             if hidden.shape[1] == 0:
                 return hidden
             with self._trails.step(self.position, hidden.shape[1]) as self._text.trace:
+                if await self.tending.look_around(self.position, hidden.shape[1], self):
+                    self._trouble = "there is a better route"
                 await self._begin(hidden, inputs or {}, keep)
                 assert self._pending is not None
                 return await self._carry_out(self._pending, keep)
@@ -133,6 +137,7 @@ class RemoteSession:
         try:
             await self._finish(pending)
             self.position = pending.end
+            self.tending.step_done(self.position)
             answer = pending.answer.read(pending.wanted, pending.end)
             return answer[:, -keep:] if keep else answer
         except BaseException:
@@ -150,8 +155,7 @@ class RemoteSession:
         self._closed = True
         self._bell.wake()
         await self._route.close()
-        if self._moves:
-            await asyncio.wait(self._moves)
+        await self.tending.end()
         async with self._lock:  # until that step has noticed
             await self._route.close()
         self._trails.end()
@@ -171,10 +175,13 @@ class RemoteSession:
             for sent in self._sent.values():  # copies on their way are taken up to here
                 sent.until = min(sent.until, start)
             borders.crop(start)
+            self.tending.went_back(start)
         if self._reorder is not None:
             borders.reorder(self._reorder)
+            await self.tending.dismiss(for_good=True)  # they would have to follow every reorder
         if end > terms.max_length:
             self._outgrow(end)
+            await self.tending.dismiss()
         frame = to_frame(hidden.to(TORCH_DTYPES[terms.numerics.dtype]), terms.codec)
         borders.begin(start, frame, hidden.shape[1], inputs)
         text.cutter.begin(start)
@@ -294,6 +301,9 @@ class RemoteSession:
             hop.lose(SessionClosed(f"outgrown at {end} positions"))
         self._trouble = "the session outgrew its reservation"
 
+    def _is_well(self) -> bool:
+        return not self._closed and self._trouble is None
+
     def _check_open(self) -> None:
         if self._closed:
             raise SessionClosed("this inference session is closed; open a new one")
@@ -329,6 +339,8 @@ class RemoteSession:
         if sent.flight is not None:
             sent.arrived(index, output, asyncio.get_running_loop().time())
         seconds, elapsed = output.compute_ms / 1e3, sent.elapsed(index)
+        if self._flowing and end == begin + 1:
+            self.tending.observe(hop, elapsed)
         self._router.worked(hop.peer_id, end - begin, seconds, len(hop.blocks), elapsed)
         self._bell.ring()
 
@@ -338,28 +350,7 @@ class RemoteSession:
             self._interrupt(f"{hop} cannot push: {message.message}")
 
     def on_leaving(self, hop: Hop) -> None:
-        self._moves.add(task := asyncio.create_task(self._move(hop)))
-        task.add_done_callback(self._moves.discard)
-
-    async def _move(self, leaving: Hop) -> None:
-        """To another server, which inherits what this one holds; else it ends, and we replay."""
-        hop = await self._route.prepare(leaving, self._text.terms, self)
-        if hop is None:
-            return
-        try:
-            await self._route.copy(leaving, hop)
-        except SwarmError as error:
-            logger.info("%s copied nothing to %s ahead: %s", leaving, hop, error)
-        async with self._lock:
-            try:
-                if self._closed or self._trouble is not None or leaving not in self.hops:
-                    raise SessionClosed("there is nothing to move any more")
-                self._text.epoch += 1
-                await self._route.replace(leaving, hop, self._text.epoch)
-                self.moves += 1
-            except SwarmError as error:
-                logger.info("%s did not take over from %s: %s", hop, leaving, error)
-                await hop.close()
+        self.tending.leave(hop, self)
 
     def on_lost(self, hop: Hop) -> None:
         if hop in self.hops:
@@ -376,8 +367,10 @@ class RemoteSession:
             text.epoch += 1
             newborn = next(text.numbers)
             try:
+                prompt = self._pending.end if self._pending is not None else 0
+                sync, take = self._patience.sync(), self.tending.take
                 self.recoveries += await self._route.mend(
-                    text.epoch, newborn, text.terms, self, self._patience.sync()
+                    text.epoch, newborn, prompt, text.terms, self, sync, take
                 )
                 break
             except NoRoute as error:
@@ -389,6 +382,7 @@ class RemoteSession:
             await self._router.refresh()
         self._check_open()
         text.borders.move(hop.blocks.start for hop in self.hops)
+        await self.tending.settle_in()
         # What a server had not begun when the epoch began, it has dropped.
         for number, sent in list(self._sent.items()):
             sent.awaited.intersection_update(h for h in self.hops if number <= h.last_step)

@@ -58,7 +58,7 @@ class TokenStream:
     @property
     def moves(self) -> int:
         """How often a server that left handed the text over, so that nothing was replayed."""
-        return 0 if self._journey.remote is None else self._journey.remote.moves
+        return 0 if self._journey.remote is None else self._journey.remote.tending.moves
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -223,3 +223,50 @@ def test_an_idle_session_moves_without_a_step() -> None:
         house.swarm.cut(leaving)
         twin.step()
         moved(twin, 1)
+
+
+def test_between_two_turns_a_better_route_is_taken() -> None:
+    """What stays in the route keeps its cache, the others are told the text anew."""
+    with House() as house, house.twin() as twin:
+        twin.step(20)
+        twin.step()
+        kept, left = twin.serving(0), twin.serving(1)
+        others = [server for server in house.servers if server not in (kept, left)]
+        better = [next(s for s in others if s.record.record.blocks.start == at) for at in (2, 4)]
+        house.swarm.router.best = [(s.record, s.record.record.blocks) for s in (kept, *better)]
+        twin.step()
+        assert twin.session.moves == 0, "in the middle of a text nobody looks"
+        twin.step(5)
+        assert twin.session.moves == 1
+        assert twin.session.recoveries == 0
+        assert [twin.serving(hop) for hop in range(3)] == [kept, *better]
+        assert passes(kept) == 27
+        twin.step()
+        twin.step(5)
+        assert twin.session.moves == 1
+
+
+def test_a_better_route_that_cannot_be_opened_changes_nothing() -> None:
+    with House() as house, house.twin() as twin:
+        twin.step(20)
+        before = list(twin.session.hops)
+        others = [s for s in house.servers if s.peer_id not in {hop.peer_id for hop in before}]
+        house.swarm.cut(others[0])
+        house.swarm.router.best = [(s.record, s.record.record.blocks) for s in others]
+        twin.step(5)
+        assert list(twin.session.hops) == before
+        assert twin.session.moves == twin.session.recoveries == 0
+
+
+def test_a_hop_that_became_slow_is_left_in_the_middle_of_a_text() -> None:
+    with House() as house:
+        house.swarm.router.expected = -1.0  # whatever they take is too long
+        with house.twin() as twin:
+            twin.step(20)
+            now = twin.session.hops
+            spare = [s for s in house.servers if s.peer_id not in {hop.peer_id for hop in now}]
+            house.swarm.router.best = [(s.record, s.record.record.blocks) for s in spare]
+            for _ in range(40):
+                twin.step()
+            assert twin.session.moves == 1
+            assert {hop.peer_id for hop in twin.session.hops} == {s.peer_id for s in spare}
