@@ -30,7 +30,7 @@ from swarm.types import BlockRange, ModelId, Numerics
 from swarm.wire import pack, unpack
 
 MAX_RECORD_BYTES = 1024
-CLOCK_SLACK = 3600.0  # seconds that two peers' clocks may differ
+CLOCK_SLACK = 7200.0  # seconds that two peers' clocks may differ: an hour wrong each
 MAX_LIFETIME = 600  # seconds
 RETENTION = CLOCK_SLACK + MAX_LIFETIME  # seconds after its announcement that the DHT keeps a record
 MAX_NEXT_RTTS = 6  # servers of which a record says how far they are
