@@ -132,14 +132,11 @@ class RpcServer:
         """The port it listens on, which is `port` unless that is 0. Raises UsageError."""
         _hush()
         self.rotate(certificate)
-        credentials = grpc.dynamic_ssl_server_credentials(
-            cast(Any, self._fresh_credentials()), self._fresh_credentials
-        )
+        credentials = grpc.dynamic_ssl_server_credentials(self._fresh(), self._fresh)
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        methods: dict[str, Any] = {
-            "link": grpc.stream_stream_rpc_method_handler(cast(Any, self._link))
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("swarm", methods),))
+        link: Any = grpc.stream_stream_rpc_method_handler(cast(Any, self._link))
+        ours = grpc.method_handlers_generic_handler("swarm", {"link": link})
+        server.add_generic_rpc_handlers((ours,))
         try:
             bound = server.add_secure_port(_address(host, port), credentials)
         except RuntimeError as error:
@@ -153,14 +150,12 @@ class RpcServer:
 
     def rotate(self, certificate: Certificate) -> None:
         """From now on new connections see this certificate; the present ones go on."""
-        self._credentials = grpc.ssl_server_certificate_configuration(
-            [(certificate.key_pem, certificate.pem)]
-        )
+        pair = (certificate.key_pem, certificate.pem)
+        self._credentials = grpc.ssl_server_certificate_configuration([pair])
 
-    def _fresh_credentials(self) -> Any:
-        """Those that gRPC has not seen yet. It asks before every handshake, and when it gets some,
-        frees those before, which another handshake may be about to use: given the same ones each
-        time, it crashed within seconds of many people connecting at once."""
+    def _fresh(self) -> Any:
+        """Once. gRPC asks before every handshake, and frees what it had before when it gets some,
+        though other handshakes may be about to use that: it crashed when many connected at once."""
         fresh, self._credentials = self._credentials, None
         return fresh
 
