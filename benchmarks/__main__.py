@@ -25,6 +25,7 @@ from benchmarks import (
     bf16,
     codec,
     decode,
+    drafts,
     failover,
     families,
     first_light,
@@ -35,6 +36,7 @@ from benchmarks import (
     offload,
     prefill,
     start,
+    strangers,
 )
 from benchmarks.figures import NoFigure, table, write_json
 from benchmarks.lab import Lab, machine
@@ -47,9 +49,11 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "prefill": prefill.measure,
     "batch": batch.measure,
     "mixed": mixed.measure,
+    "strangers": strangers.measure,
     "memory": memory.measure,
     "families": families.measure,
     "links": links.measure,
+    "drafts": drafts.measure,
     "codec": codec.measure,
     "bf16": bf16.measure,
     "offload": offload.measure,

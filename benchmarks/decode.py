@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import psutil
+
 from benchmarks.figures import at_least, ratios
 from benchmarks.lab import PROMPT_TOKENS, Lab, timed
 from benchmarks.streams import Streams, from_threads, has_asyncio, through_asyncio
@@ -15,9 +17,29 @@ TARGETS = {
 }
 
 
+MANY = 256
+
+
 def measure(lab: Lab) -> None:
     for name in COUNTS:
         _streams(lab, name)
+    _many(lab)
+
+
+def _many(lab: Lab) -> None:
+    """Hundreds of streams of one process, and how many threads that process has for them."""
+    remote = lab.remote("A")
+    tokens = lab.tokens // 4
+    rates: list[float] = []
+    threads: list[float] = []
+    for run in range(lab.runs):
+        sequences, seconds = through_asyncio(remote, lab.prompts("A", MANY), tokens)
+        lab.check("A", sequences, PROMPT_TOKENS)
+        rates.append(MANY * tokens / seconds)
+        threads.append(psutil.Process().num_threads())
+        lab.say(f"A, {MANY} from asyncio, tokens/s", run, rates[-1])
+    lab.note(f"A, {MANY} from asyncio", "tok/s", rates)
+    lab.note("A, threads of the client's process then", "", threads)
 
 
 def _streams(lab: Lab, name: str) -> None:

@@ -177,10 +177,12 @@ def generate(
     )
 
 
-def timed(model: Any, prompts: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:
+def timed(
+    model: Any, prompts: torch.Tensor, tokens: int, **more: Any
+) -> tuple[torch.Tensor, float]:
     """What `generate` gives, and the seconds it took."""
     begin = time.perf_counter()
-    sequences = generate(model, prompts, tokens)
+    sequences = generate(model, prompts, tokens, **more)
     return sequences, time.perf_counter() - begin
 
 

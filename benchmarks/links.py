@@ -6,6 +6,9 @@ ports; so do both the client's and the other servers' connections pass it (Linux
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from statistics import median
 
 from benchmarks.child import Child
@@ -31,19 +34,24 @@ BEHIND = "127.0.0.2"
 def measure(lab: Lab) -> None:
     lab.clear()
     for name in ("A", "B"):
-        with LocalSwarm(
-            lab.path(name), spans=THIRDS, server_args=["--announce-host", BEHIND]
-        ) as swarm:
-            ports = [server.address.rpartition(":")[2] for server in swarm.servers]
-            links = [f"{BEHIND}:{port}=127.0.0.1:{port}" for port in ports]
-            with Child("benchmarks.relay", links) as relay:
-                relay.read()
-                for link, (megabits, round_trip) in LINKS.items():
-                    relay.ask(f"{megabits} {round_trip / 2}")
-                    _over(lab, name, swarm, link)
-                    if link == NARROW:
-                        _over(lab, name, swarm, link, "mxint8")
+        with behind_relay(lab.path(name), THIRDS) as (swarm, relay):
+            for link, (megabits, round_trip) in LINKS.items():
+                relay.ask(f"{megabits} {round_trip / 2}")
+                _over(lab, name, swarm, link)
+                if link == NARROW:
+                    _over(lab, name, swarm, link, "mxint8")
         lab.clear()
+
+
+@contextmanager
+def behind_relay(model: Path | None, spans: Sequence[str]) -> Generator[tuple[LocalSwarm, Child]]:
+    """A swarm, and the relay before it, which is told its bandwidth and delay."""
+    with LocalSwarm(model, spans=spans, server_args=["--announce-host", BEHIND]) as swarm:
+        ports = [server.address.rpartition(":")[2] for server in swarm.servers]
+        links = [f"{BEHIND}:{port}=127.0.0.1:{port}" for port in ports]
+        with Child("benchmarks.relay", links) as relay:
+            relay.read()
+            yield swarm, relay
 
 
 def _over(lab: Lab, name: str, swarm: LocalSwarm, link: str, codec: Codec = "none") -> None:

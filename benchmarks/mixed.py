@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -18,6 +19,7 @@ from benchmarks.lab import PROMPT_TOKENS, Lab, Stopwatch, generate
 LENGTH = 4096
 QUIET_TOKENS = 64
 MOST_TOKENS = 4000
+Result = TypeVar("Result")
 
 
 class _When(StoppingCriteria):
@@ -36,7 +38,8 @@ def measure(lab: Lab) -> None:
 
 
 def _stream_beside_prefill(lab: Lab, name: str) -> None:
-    swarm, remote = lab.swarm(name), lab.remote(name)
+    swarm = lab.swarm(name)
+    lab.remote(name)
     quiet: list[float] = []
     busy: list[float] = []
     took: list[float] = []
@@ -44,7 +47,7 @@ def _stream_beside_prefill(lab: Lab, name: str) -> None:
     with Child("benchmarks.prefiller", arguments) as other:
         other.ask(" ".join(swarm.peers))
         for run in range(lab.runs):
-            before, during, seconds = _run(lab, name, remote, other)
+            before, during, seconds = beside(lab, name, lambda: float(other.ask("go")))
             quiet.append(median(before))
             busy.append(percentile(during, 99))
             took.append(seconds)
@@ -56,19 +59,23 @@ def _stream_beside_prefill(lab: Lab, name: str) -> None:
     lab.note(f"{name}, that prefill, beside the stream", "s", took)
 
 
-def _run(lab: Lab, name: str, remote: Any, other: Child) -> tuple[list[float], list[float], float]:
-    """Milliseconds per step before and during the prefill, and the prefill's seconds."""
+def beside(
+    lab: Lab, name: str, work: Callable[[], Result]
+) -> tuple[list[float], list[float], Result]:
+    """Milliseconds per step of a stream before `work` and during it, and what `work` gives."""
     prompt, over = lab.prompts(name, 1), threading.Event()
     begun = threading.Event()
     watch = Stopwatch(QUIET_TOKENS, begun.set)
     stop = StoppingCriteriaList([_When(over)])
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(generate, remote, prompt, MOST_TOKENS, watch, stopping_criteria=stop)
+        stream = pool.submit(
+            generate, lab.remote(name), prompt, MOST_TOKENS, watch, stopping_criteria=stop
+        )
         try:
             while not begun.wait(0.1) and not stream.done():
                 pass
             begin = time.perf_counter()
-            seconds = float(other.ask("go"))
+            result = work()
             end = time.perf_counter()
         finally:
             over.set()
@@ -78,4 +85,4 @@ def _run(lab: Lab, name: str, remote: Any, other: Child) -> tuple[list[float], l
     before = [gap for at, gap in steps if at < watch.times[QUIET_TOKENS - 1]]
     # Also the step in which it begins, and the one in which it ends.
     during = [gap for at, gap in steps if at + gap / 1e3 > begin and at < end]
-    return before, during, seconds
+    return before, during, result
