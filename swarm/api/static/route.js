@@ -85,16 +85,17 @@ export class Journey {
         this.#fresh.set(leg.peer, now);
         setTimeout(() => this.#legs.includes(leg) && this.#draw(this.#legs, performance.now()), NEW_MS + 10);
       }
-      if (recoveries > this.#recoveries || came.length) {
-        const kind = recoveries > this.#recoveries ? 'failover' : 'move';
+      // Servers change first, and then the count of failures: both are the same event.
+      if (came.length) {
         this.pending = {
-          kind, since: this.#lostAt || this.#lastWord || now, came: came.map(nameOf),
-          gone: (gone.length ? gone : this.#lost).map(nameOf),
-          blocks: (came.length ? came : this.#lost).map((leg) => leg.blocks),
+          kind: this.pending?.kind ?? 'move', since: this.pending?.since ?? (this.#lostAt || this.#lastWord || now),
+          gone: [...(this.pending?.gone ?? []), ...gone.map(nameOf)], came: came.map(nameOf), blocks: came.map((leg) => leg.blocks),
         };
       }
-      this.#lostAt = 0;
-      this.#lost = [];
+      if (recoveries > this.#recoveries) {
+        const same = { since: this.#lostAt || this.#lastWord || now, gone: this.#lost.map(nameOf), came: [], blocks: this.#lost.map((leg) => leg.blocks) };
+        this.pending = { ...(this.pending ?? same), kind: 'failover' };
+      }
     }
     this.#recoveries = recoveries;
     if (!lost.length) this.#legs = route;
@@ -104,6 +105,8 @@ export class Journey {
   // A word has come through all of them.
   word(now = performance.now()) {
     this.#lastWord = now;
+    this.#lostAt = 0;
+    this.#lost = [];
     if (this.pending) {
       const event = { ...this.pending, pause: Math.max(0, now - this.pending.since) };
       this.pending = null;
@@ -132,7 +135,7 @@ const list = (names) => names.join(' and ') || 'A server';
 
 export function tell({ kind, gone, came, blocks, pause }) {
   const where = `blocks ${blocks.join(' and ')}`;
-  const who = came.length ? `${list(came)} took over ${where}` : `${where} came back`;
+  const who = came.length ? `${list(came)} took over ${where}` : 'it came back';
   const long = pause < 995 ? `${Math.round(pause)} ms` : `${(pause / 1000).toFixed(1)} s`;
   return kind === 'move'
     ? `${list(gone)} left politely: ${who}. The text went on.`
