@@ -134,6 +134,12 @@ class LocalSwarm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """For more processes that join it: they find this very package, the peers and the key."""
+        key = {} if self._key is None else {"SWARM_KEY": self._key.text()}
+        return {**self._env, **key, "SWARM_PEERS": " ".join(self.peers)}
+
     def kill(self, index: int) -> None:
         """SIGKILL; returns when the process is gone."""
         process = self._process(index)

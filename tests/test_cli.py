@@ -134,7 +134,10 @@ def test_swarm_says_what_is_wrong(
     assert sentence in complaint(capsys, main(line.split()))
 
 
-@pytest.mark.parametrize("line", ["", "server", "dht", "demo", "chat", "status", "route", "key"])
+@pytest.mark.parametrize(
+    "line",
+    ["", "server", "dht", "monitor", "api", "demo", "chat", "status", "route", "plan", "key"],
+)
 def test_help_teaches_by_examples_and_names_the_environment(
     line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +146,7 @@ def test_help_teaches_by_examples_and_names_the_environment(
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert "examples:" in text or not line
-    assert "SWARM_PEERS" in text or line in ("demo", "key")
+    assert "SWARM_PEERS" in text or line in ("demo", "plan", "key")
 
 
 def test_help_and_usage_errors_do_not_wait_for_torch() -> None:
@@ -268,7 +271,7 @@ def test_a_demo_that_is_not_identical_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("swarm.cli.demo.LocalSwarm", Swarm)
     monkeypatch.setattr("swarm.cli.demo._import", lambda: None)
-    monkeypatch.setattr("swarm.cli.demo._perform", lambda *_: False)
+    monkeypatch.setattr("swarm.cli.demo._perform", lambda *_: {"identical": False})
     assert main(["demo"]) == 1
     assert Swarm.closed == 1
 

@@ -41,6 +41,7 @@ DOORS = {
 }
 
 PURE = {
+    "swarm/plan.py",
     "swarm/protocol.py",
     "swarm/dht/validation.py",
     "swarm/client/pace.py",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from itertools import pairwise
 from statistics import median
@@ -17,11 +20,13 @@ from typing import TYPE_CHECKING, Any, cast
 from swarm.cli import INTERRUPTED
 from swarm.cli.common import (
     Parser,
+    add_json,
     add_verbose,
     quick_imports,
     start_logging,
     whole,
 )
+from swarm.cli.screen import plain
 from swarm.errors import SwarmError, UsageError
 from swarm.local import LocalServer, LocalSwarm
 from swarm.models.demo import DEMO_MODEL, DEMO_NAME
@@ -37,7 +42,8 @@ place, and at the end the text is compared with that of the same model in one pi
 examples:
   swarm demo
   swarm demo --prompt "It was a dark night" --tokens 120 --seed 7
-  swarm demo --keep                           leave the swarm running, to play with
+  swarm demo --monitor --keep                 watch it in a browser, and leave it running
+  swarm demo --json                           one object at the end, instead of the show
 
 The exit status is 1 if the texts are not identical.
 """
@@ -49,7 +55,7 @@ _MOST_PROMPT = 500  # bytes, each a token at most; the model takes 2,048 with th
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
 
 
-def demo(argv: Sequence[str]) -> int:
+def demo_parser() -> Parser:
     parser = Parser("swarm demo", _HELP)
     parser.add_argument(
         "--prompt", metavar="TEXT", default=_PROMPT, help="what the text begins with"
@@ -69,15 +75,23 @@ def demo(argv: Sequence[str]) -> int:
         help="of the sampling (default: 0)",
     )
     parser.add_argument("--keep", action="store_true", help="leave the swarm running at the end")
+    parser.add_argument(
+        "--monitor", action="store_true", help="show the swarm in a browser, too: prints the link"
+    )
+    add_json(parser)
     add_verbose(parser)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def demo(argv: Sequence[str]) -> int:
+    arguments = demo_parser().parse_args(argv)
     if len(arguments.prompt.encode()) > _MOST_PROMPT:
         raise UsageError(f"--prompt is too long for the small model: at most {_MOST_PROMPT} bytes")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes share few cores: this one as well
     start_logging(arguments.verbose, quiet=logging.ERROR)  # the failure is part of the show
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=arguments.json)
     show, count = _Show(console), len(_SPANS)
     local = LocalSwarm(spans=_SPANS, dtype="float32")
     importing = threading.Thread(target=_import, name="swarm-import", daemon=True)
@@ -91,7 +105,12 @@ def demo(argv: Sequence[str]) -> int:
                 importing.join()
             seconds = time.monotonic() - began
             show.line(f"{count} servers of {DEMO_NAME} are up, each a process ({seconds:.1f} s)")
-            identical = _perform(swarm, show, arguments)
+            if arguments.monitor:
+                link = stack.enter_context(_monitor(swarm))
+                show.line(f"watch it at {link}", "bold cyan")
+            result = _perform(swarm, show, arguments)
+            if arguments.json:
+                print(json.dumps({**result, "start_seconds": seconds}), flush=True)
             if arguments.keep:
                 _keep(swarm, show)
     except SwarmError:
@@ -99,7 +118,30 @@ def demo(argv: Sequence[str]) -> int:
         raise
     except KeyboardInterrupt:  # the swarm is closed; torch must not be disturbed while it loads
         os._exit(INTERRUPTED)
-    return 0 if identical else 1
+    return 0 if result["identical"] else 1
+
+
+@contextmanager
+def _monitor(swarm: LocalSwarm) -> Generator[str]:
+    """`swarm-monitor` in a process of its own, which ends with us; its address."""
+    command = [sys.executable, "-P", "-m", "swarm", "monitor", "--port", "0", "--history", ""]
+    with subprocess.Popen(
+        command,
+        env=swarm.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,  # Ctrl-C is ours to answer
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not (found := re.search(r"http://\S+", line)):
+                raise SwarmError("swarm-monitor does not start; try it by itself")
+            yield found[0]
+        finally:
+            process.kill()
 
 
 def _import() -> None:
@@ -109,8 +151,8 @@ def _import() -> None:
         import_module("swarm.client.model")
 
 
-def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
-    """Write, kill, compare. Whether the texts are identical."""
+def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> dict[str, Any]:
+    """Write, kill, compare. What `--json` tells."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -125,9 +167,10 @@ def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
     remote = cast(Any, AutoDistributedModelForCausalLM.from_pretrained(None, swarm.peers))
     with remote.inference_session(max_length=ids.shape[1] + count) as session:
         stage = _Stage(swarm, session, show, tokenizer.decode, kill_at=count // 2)
+        before = len(ids[0])
         torch.manual_seed(arguments.seed)
         output = remote.generate(ids, session=session, streamer=stage, **options)
-        show.route("route after", _route(swarm, session))
+        show.route("route after", after := _route(swarm, session))
     disable_progress_bar()
     local = cast(Any, AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32))
     torch.manual_seed(arguments.seed)
@@ -138,7 +181,14 @@ def _perform(swarm: LocalSwarm, show: _Show, arguments: Any) -> bool:
         f"({count} tokens, against the model in one piece)",
         "bold green" if identical else "bold red",
     )
-    return identical
+    return {
+        "identical": identical,
+        "text": tokenizer.decode(output[0, before:]),
+        "tokens": count,
+        "pause_ms": stage.pause_ms,
+        "token_ms": stage.token_ms,
+        "route": [{"blocks": blocks, "address": server.address} for blocks, server in after],
+    }
 
 
 def _keep(swarm: LocalSwarm, show: _Show) -> None:
@@ -185,7 +235,7 @@ class _Stage:
             self._show.route("route", _route(self._swarm, self._session))
         text = self._decode(self._ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not complete yet
-            self._show.text(text[len(self._shown) :])
+            self._show.text(plain(text[len(self._shown) :], len(text), lines=True))
             self._shown = text
         if len(self._times) == self._kill_at:
             self._kill()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from swarm.cli.common import ENVIRONMENT, Parser
+from swarm.cli.common import ENVIRONMENT, Parser, add_json
 from swarm.errors import UsageError
 
 _HELP = """\
@@ -16,13 +17,15 @@ commands:
   swarm chat      talk to a model that a swarm serves
   swarm status    who serves which blocks, and whether any are missing
   swarm route     which servers a request would go through from here, and why
+  swarm plan      how many machines a model wants, how quick they are, what that costs
   swarm key new   make the secret of a private swarm
   swarm server    the same as swarm-server: serve blocks of a model
   swarm dht       the same as swarm-dht: run a bootstrap node
   swarm monitor   the same as swarm-monitor: show all that in a browser
   swarm api       the same as swarm-api: serve OpenAI's API, and a chat page
 
-Each has a --help of its own. To begin: `swarm demo`.
+Each has a --help of its own. To begin: `swarm demo`. For Tab to complete all that:
+`eval "$(swarm completion bash)"`.
 """
 
 _KEY_HELP = """\
@@ -56,6 +59,14 @@ def dispatch(argv: Sequence[str]) -> int:
             from swarm.cli.route import route
 
             return route(rest)
+        case "plan":
+            from swarm.cli.plan import plan
+
+            return plan(rest)
+        case "completion":
+            from swarm.cli.completion import completion
+
+            return completion(rest)
         case "key":
             return _key(rest)
         case "server":
@@ -78,21 +89,30 @@ def dispatch(argv: Sequence[str]) -> int:
             raise UsageError(f"there is no command '{command}'; see `swarm --help`")
 
 
-def _key(argv: Sequence[str]) -> int:
+def key_parser() -> Parser:
     parser = Parser("swarm key", _KEY_HELP)
     parser.add_argument("action", choices=["new"], help="make a new secret")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write it there, for your eyes only"
     )
-    arguments = parser.parse_args(argv)
+    add_json(parser)
+    return parser
+
+
+def _key(argv: Sequence[str]) -> int:
+    arguments = key_parser().parse_args(argv)
     from swarm.identity import SwarmKey, write_secret
 
     text = SwarmKey.generate().text()
+    where = None if arguments.out is None else str(arguments.out)
+    told = json.dumps({"key": None if where else text, "file": where})
     if arguments.out is None:
-        print(text)
+        print(told if arguments.json else text)
         return 0
     try:
         write_secret(arguments.out, f"{text}\n".encode())
     except OSError as error:
         raise UsageError(f"{arguments.out}: {error.strerror}; choose another --out") from error
+    if arguments.json:
+        print(told)
     return 0

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from swarm.cli.common import joining_parser, need_peers, parse_joining, quick_imports, whole
+from swarm.cli.common import (
+    Parser,
+    add_json,
+    joining_parser,
+    need_peers,
+    parse_joining,
+    quick_imports,
+    whole,
+)
+from swarm.cli.screen import plain
 from swarm.errors import NoRoute, UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +64,7 @@ class Outlook:
     without: dict[str, Plan | None]
 
 
-def route(argv: Sequence[str]) -> int:
+def route_parser() -> Parser:
     parser = joining_parser("swarm route", _HELP)
     parser.add_argument("model", metavar="MODEL", help="its name in the swarm")
     tokens = whole(1, _MAX_TOKENS)
@@ -65,8 +74,12 @@ def route(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--new-tokens", type=tokens, default=128, metavar="N", help="of the answer (128)"
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
-    arguments = parse_joining(parser, argv)
+    add_json(parser)
+    return parser
+
+
+def route(argv: Sequence[str]) -> int:
+    arguments = parse_joining(route_parser(), argv)
     peers, key = need_peers(arguments.peers), arguments.swarm_key
     asked = arguments.model, arguments.prompt_tokens, arguments.new_tokens
     outlook = explore(peers, key, *asked)
@@ -93,7 +106,7 @@ def explore(
         served = network.loop.call(list_models(network.dht))
         listing = next((item for item in served if item.model.name == model), None)
         if listing is None:
-            names = ", ".join(sorted({item.model.name for item in served})) or "nothing yet"
+            names = plain(", ".join(sorted({item.model.name for item in served})) or "nothing yet")
             raise UsageError(f"this swarm serves no '{model}'; it serves: {names}")
         router = network.router(listing.model, listing.num_blocks, ClientConfig())
         network.loop.call(router.probe(network.measure, _PROBES))
@@ -183,7 +196,7 @@ def _show(outlook: Outlook) -> None:
     console, request, best = Console(), outlook.request, outlook.best
     console.print(
         Text.assemble(
-            (str(request.model), "bold"),
+            (plain(str(request.model)), "bold"),
             f"  {request.prompt_tokens} tokens of prompt, {request.new_tokens} new ones  ",
             (f"{best.seconds:.2f} s", "green"),
             f": the first token after {best.first:.2f} s, then {1e3 * best.each:.1f} ms each",
@@ -199,19 +212,21 @@ def _show(outlook: Outlook) -> None:
         offer, record = hop.offer, hop.hop.server.record
         table.add_row(
             str(hop.hop.blocks),
-            _address(hop),
+            Text(_address(hop)),
             _milliseconds(offer.rtt, sure=offer.rtt_known),
             _milliseconds(between, sure=hop is best.hops[0] or hop.link != 0),
             _milliseconds(offer.block_seconds, sure=offer.source == "measured"),
             str(record.queue) if offer.has_room else f"{record.queue}, full",
             f"{hop.seconds:.2f}",
-            record.public_name or record.peer_id[-8:],
+            Text(plain(record.public_name or record.peer_id[-8:], 30)),
         )
     console.print(table)
     console.print("~: announced or assumed, not measured", style="dim")
     for hop in best.hops:
         plan = outlook.without[hop.hop.server.record.peer_id]
-        console.print(f"without {_address(hop)}: {_compare(plan, best)}", soft_wrap=True)
+        console.print(
+            f"without {_address(hop)}: {_compare(plan, best)}", soft_wrap=True, markup=False
+        )
 
 
 def _compare(plan: Plan | None, best: Plan) -> str:
@@ -227,4 +242,4 @@ def _milliseconds(seconds: float, *, sure: bool) -> str:
 
 def _address(hop: PricedHop) -> str:
     record = hop.hop.server.record
-    return f"{record.host}:{record.port}"
+    return plain(f"{record.host}:{record.port}")

@@ -138,6 +138,18 @@ class Checkpoint:
         )
 
 
+def open_config(
+    name_or_path: str | Path | None, *, revision: str | None = None, token: str | None = None
+) -> tuple[str, PreTrainedConfig]:
+    """A model's public name and config, without a look at its weights. Raises CheckpointError."""
+    name, source = _locate(name_or_path, revision, token)
+    if CONFIG_FILE not in source.files:
+        raise CheckpointError(
+            f"'{name}' has no config.json, so it is no transformers model: choose another"
+        )
+    return name, _read_config(source.path(CONFIG_FILE))
+
+
 def _locate(
     name_or_path: str | Path | None, revision: str | None, token: str | None
 ) -> tuple[str, _Source]:
