@@ -1,20 +1,23 @@
 """What the DHT costs each node: messages counted in simulated look-ups, bytes by the wire's sizes.
 
-As hivemind searches: a beam of 20 nodes, every one of them asked, since look-ups want the newest
-records; each answers with 20 nodes that it knows and, if it is one of the 5 that keep the key, with
-all records under it.
+As `swarm/dht/keeping.py` has hivemind search: a beam of 20 nodes, every one of them asked, and
+each answers with 20 nodes that it knows. Those found are then asked, or told, directly. Which pages
+there are, and who reads which, is simulated with the decisions of `swarm/dht/pages.py`.
 """
 
 from __future__ import annotations
 
 import heapq
+import random
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from simulation.pages import Bucket
 from swarm.dht.announcer import REGISTRY_ENTRIES
-from swarm.dht.records import BLOCKS_PER_KEY, RETENTION
+from swarm.dht.pages import MAX_BITS, Shelf, count_buckets
+from swarm.dht.records import MAX_LIFETIME
 
 Ids = npt.NDArray[np.uint64]
 
@@ -24,8 +27,13 @@ REPLICAS = 5
 QUESTION = 150  # bytes: keys, who asks, envelope
 NODE = 62  # bytes of a node in an answer: its id, its peer id, tags
 RECORD = 830  # bytes of a signed record (777 with all fields in use) with its subkey
-ANNOUNCE, LOOK = 30.0, 20.0  # seconds (announcer.py, network.py)
+ANNOUNCE, SURVEYS = 30.0, 0.25  # seconds; so many of them are preceded by a survey (announcer.py)
+SEARCH = 180.0  # seconds for which those are known who keep a key (keeping.py)
+LOOK, LOOK_RARELY, LOOK_EACH = 20.0, 32.0, 0.05  # seconds between a client's looks (network.py)
+PAGES, FEW = 2, 64  # that it reads of a bucket; servers up to which it asks all (directory.py)
 SERVER_LOOK, PER_SERVER = 60.0, 0.1  # seconds (balancer.py, and the same again in neighbours.py)
+SHARED = 1.5  # looks in such a time, as each of the two will do with a picture half as old
+_READERS = 30  # that are simulated
 
 
 class Overlay:
@@ -83,42 +91,83 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Means over all servers, but for the last two, which are of the busiest node of all."""
+    """Means over all servers, but for the last two, which are of the busiest nodes of all."""
 
     messages: float  # that one search asks
+    page: float  # records on a page, those of servers that are gone included
+    seen: float  # servers that a client knows
     announcing: float  # bytes/s in and out that a server's own announcements make
     looking: float  # bytes/s that a server's own looks make
     client: float  # bytes/s that a client's looks make
     answering: float  # bytes/s that a server sends to others
     registry: float  # bytes/s that a node sends who keeps the list of models
-    keeping: float  # bytes/s that a node sends who keeps one of the model's keys
+    keeping: float  # bytes/s that a node sends who keeps a page
 
 
 def traffic(
     servers: int, clients: int, num_blocks: int, seed: int = 0, mean_lifetime: float = 9976.0
 ) -> Traffic:
-    """By the protocol as it is; searches are simulated, the rest is arithmetic."""
+    """By the protocol as it is; searches and pages are simulated, the rest is arithmetic."""
     overlay, rng = Overlay(servers, seed), np.random.default_rng(seed)
     searches = [
         overlay.search(int(rng.integers(servers)), int(rng.integers(0, 1 << 63)) * 2)
         for _ in range(100)
     ]
     messages = float(np.mean([len(asked) for asked in searches]))
-    holders = min(REPLICAS, servers)
     search = messages * (QUESTION + BUCKET * NODE)
-    keys = -(-num_blocks // BLOCKS_PER_KEY)
-    records = servers * (1 + RETENTION / mean_lifetime)  # those of the dead are kept for so long
-    registry = min(REGISTRY_ENTRIES, servers) * RECORD
-    announcement = 2 * search + holders * (registry + QUESTION + RECORD)
-    look = keys * search + holders * records * RECORD
-    server_looks = 2 / max(SERVER_LOOK, PER_SERVER * servers)
-    looks = clients / LOOK + servers * server_looks
+    library = _Library(servers, count_buckets(num_blocks), seed)
+    holders = min(REPLICAS, servers)
+    asked = 1 if library.seen >= FEW else holders
+    records = library.on_page * (1 + MAX_LIFETIME / mean_lifetime)
+    page = QUESTION + BUCKET * NODE + records * RECORD
+    kept = search / SEARCH  # bytes/s for knowing who keeps a key
+
+    period = max(LOOK, min(LOOK_RARELY, LOOK_EACH * library.seen))
+    look = library.read * page * asked + search  # the finer page that is tried is a new one
+    client = look / period + library.read * kept
+    every = max(SERVER_LOOK, PER_SERVER * servers) / SHARED
+    whole = library.total * (page * asked + search * min(1.0, every / SEARCH))
+    written = 2 if library.bits else 1
+    survey = 2 * (2 if library.bits else 1) * page
+    registry = SURVEYS / ANNOUNCE * 2.0**-library.bits * 2 * REGISTRY_ENTRIES * RECORD
+    announcing = (
+        written * (holders * (QUESTION + RECORD) / ANNOUNCE + kept)
+        + survey * SURVEYS / ANNOUNCE
+        + registry
+        + kept
+    )
+    reads = clients * library.read / period + servers * library.total / every
     return Traffic(
         messages,
-        announcement / ANNOUNCE,
-        look * server_looks,
-        look / LOOK,
-        (look * looks + announcement * servers / ANNOUNCE) / servers,
-        servers / ANNOUNCE * registry,
-        looks * records / keys * RECORD,
+        records,
+        library.seen,
+        announcing,
+        whole / every,
+        client,
+        (client * clients + (whole / every + announcing) * servers) / servers,
+        servers * registry / holders,
+        (reads * asked / holders / library.total + 2 * library.on_page * SURVEYS / ANNOUNCE) * page,
     )
+
+
+class _Library:
+    """What the pages of a model come to: one bucket is simulated, the others are like it."""
+
+    def __init__(self, servers: int, buckets: int, seed: int) -> None:
+        rng, count = random.Random(seed), -(-servers // buckets)
+        bucket = Bucket(f"server{seed}-{i}" for i in range(count))
+        bucket.settle(rng)
+        seen, read, sizes = 0, 0, list[int]()
+        for _ in range(_READERS):
+            shelf = Shelf(rng.randrange(1 << MAX_BITS))
+            looks = [bucket.read(shelf, PAGES) for _ in range(3)]
+            found, pages = looks[-1]  # by now it stays where it is
+            seen, read = seen + len(found), read + len(pages)
+            sizes += [len(bucket.page(page)) for page in pages]
+        self.bits = float(np.median(list(bucket.bits.values())))
+        self.seen = min(servers, buckets * seen / _READERS)
+        self.read = buckets * read / _READERS  # pages in a client's look
+        shelf = Shelf(rng.randrange(1 << MAX_BITS))
+        everything = [bucket.read(shelf, None)[1] for _ in range(3)][-1]
+        self.total = buckets * len(everything)  # pages in a server's
+        self.on_page = float(np.mean(sizes)) * min(1.0, servers / (count * buckets))

@@ -41,6 +41,7 @@ _MOST_PAGES = 16  # ...and when blocks are missing
 _TURNS = 10  # to other pages, in a look
 _FINER = 3  # sizes, of which one is tried in a look
 _KEYS = 32  # that are looked up at a time
+_REMEMBERED = 3600.0  # seconds for which servers are known that fell silent
 _FEW = 64  # servers, up to which all replicas are asked, afterwards one
 
 
@@ -136,7 +137,8 @@ class Directory:
             logger.info("keeping the last picture of the swarm: %s", error)
         now = self._dht.now()
         for peer_id, sighting in list(self._sightings.items()):
-            if sighting.signed.record.expires_at + CLOCK_SLACK < now:
+            expired = sighting.signed.record.expires_at + CLOCK_SLACK < now
+            if expired or self._clock() - sighting.since > _REMEMBERED:
                 del self._sightings[peer_id]
         self._take_picture()
         self._looked = self._clock()
