@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # servers inherit it; must be set before torch is imported
 
 from benchmarks import (
+    api,
     batch,
     bf16,
     codec,
@@ -60,6 +61,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "start": start.measure,
     "first_light": first_light.measure,
     "failover": failover.measure,
+    "api": api.measure,
 }
 
 
