@@ -34,6 +34,7 @@ from benchmarks import (
     links,
     memory,
     mixed,
+    monitor,
     offload,
     prefill,
     start,
@@ -61,6 +62,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "start": start.measure,
     "first_light": first_light.measure,
     "failover": failover.measure,
+    "monitor": monitor.measure,
     "api": api.measure,
 }
 

@@ -199,7 +199,7 @@ def test_of_a_thousand_servers_only_what_changed_is_touched(it: Monitor, visit: 
     thousand = [r.model_copy(update={"model": many}) for r in records(1000, 64)]
     it.show(thousand, 64, model=many)
     page = visit(f"{it.url}/models/many")
-    page.wait_for_function("document.querySelectorAll('[role=option]').length === 1000")
+    page.wait_for_selector("[role=option]:nth-child(1000)", state="attached")
     assert page.locator(".register tbody tr").count() == 25
     assert page.text_content(".pager span") == "1\u201325 of 1,000"
     page.evaluate("""() => {
