@@ -17,9 +17,8 @@ import torch
 
 from benchmarks.figures import NoFigure, at_least, at_most, quartiles
 from benchmarks.lab import Lab
-from swarm import LocalSwarm
 
-NAME, MODEL = "demo", "swarm-demo"
+NAME = "demo"  # also what its folder is called, and so the model
 SPANS = ("0:8", "8:16", "16:24")
 STREAMS = 64
 
@@ -40,7 +39,7 @@ class Heard:
 
 def measure(lab: Lab) -> None:
     model, prompts = lab.remote(NAME, SPANS), lab.prompts(NAME, STREAMS)
-    with _api(lab.swarm(NAME, SPANS)) as url:
+    with _api(lab) as url:
         asyncio.run(_through_api(url, prompts[:1], 4))  # dials, and warms up
         added, ours, theirs = list[float](), list[float](), list[float]()
         for run in range(lab.runs):
@@ -73,9 +72,10 @@ def _together(lab: Lab, url: str, model: Any, prompts: torch.Tensor) -> None:
 
 
 @contextmanager
-def _api(swarm: LocalSwarm) -> Generator[str]:
+def _api(lab: Lab) -> Generator[str]:
     """A process of its own, as people start it; its address."""
-    command = [sys.executable, "-m", "swarm", "api", MODEL, "--port", "0", "--peers", *swarm.peers]
+    model, peers = str(lab.path(NAME)), lab.swarm(NAME, SPANS).peers
+    command = [sys.executable, "-m", "swarm", "api", model, "--port", "0", "--peers", *peers]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -103,7 +103,7 @@ async def _through_api(url: str, prompts: torch.Tensor, tokens: int) -> list[Hea
 
         async def read(prompt: torch.Tensor) -> Heard:
             body = {
-                "model": MODEL,
+                "model": NAME,
                 "prompt": prompt[0].tolist(),
                 "max_tokens": tokens,
                 "temperature": 0,
