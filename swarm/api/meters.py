@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from swarm.api.turns import Turns
+from swarm.client import recoveries
 from swarm.metrics import SECONDS, Family, Histogram, plain, render
 
 
@@ -47,5 +48,6 @@ class Meters:
                 Family(
                     "swarm_api_first_token_seconds", "histogram", first, [({}, self.first_token)]
                 ),
+                *recoveries.total.families(),
             ]
         )
