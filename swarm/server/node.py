@@ -29,7 +29,7 @@ from swarm.models.loading import fetch_span
 from swarm.models.selftest import prove_split
 from swarm.models.spans import Span, SplitProof
 from swarm.rpc import RpcServer, RpcTransport
-from swarm.server import throughput
+from swarm.server import hugepages, throughput
 from swarm.server.balancer import Balancer, look_again, others_in
 from swarm.server.choice import (
     ServerConfig,
@@ -279,6 +279,7 @@ class ServerNode:
     async def _measure(self) -> None:
         await self._serving.measure()
         self._announcer.changed()
+        await in_thread(hugepages.gather)
 
     @property
     def holder(self) -> Holder:
