@@ -21,7 +21,7 @@ from swarm.api.engine import Engine, Engines, Prompt, engine_for
 from swarm.api.keys import Caller, Keyring
 from swarm.api.meters import Meters
 from swarm.api.turns import Turns
-from swarm.api.writing import Item, Travel, write
+from swarm.api.writing import Item, Piece, write
 from swarm.errors import SwarmError, UsageError
 from swarm.metrics import CONTENT_TYPE
 from swarm.web import EventStream, HttpProblem, WebApp, WebLimits
@@ -147,8 +147,9 @@ class Api:
         writer = Writer(shape_of(engine, asked), asked, usage, texts)
         return _Order(caller, engine, asked, prompts, writer, usage)
 
-    async def _carried_out(self, order: _Order, begun: float) -> AsyncGenerator[Item]:
-        """Waits for its turn first. Raises HttpProblem, whatever went wrong."""
+    async def _carried_out(self, order: _Order, begun: float) -> AsyncGenerator[Item | None]:
+        """None when its turn has come, then what is written. Raises HttpProblem, whatever goes
+        wrong."""
         caller, usage = order.caller, order.usage
         caller.check(order.choices, time.monotonic())
 
@@ -160,11 +161,12 @@ class Api:
         async with self.turns.turn(caller, order.choices):
             caller.budget.take(usage.prompt, time.monotonic())
             self.meters.began(usage.prompt)
+            yield None
             try:
                 items = write(order.engine, order.prompts, order.asked, count)
                 async with aclosing(items):
                     async for item in items:
-                        if begun and not isinstance(item, Travel):
+                        if begun and isinstance(item, Piece):
                             self.meters.first_token.observe(time.monotonic() - begun)
                             begun = 0.0
                         yield item
@@ -172,10 +174,10 @@ class Api:
                 self.meters.failures += 1
                 raise _problem_of(error, order.engine) from error
 
-    async def _whole(self, order: _Order, items: AsyncGenerator[Item]) -> Mapping[str, Any]:
+    async def _whole(self, order: _Order, items: AsyncGenerator[Item | None]) -> Mapping[str, Any]:
         async with aclosing(items):
             async for item in items:
-                if not isinstance(item, Travel):
+                if isinstance(item, Piece):
                     order.writer.take(item)
         return order.writer.whole()
 
@@ -185,14 +187,15 @@ class Api:
 
 
 class _Sending:
-    """An answer as events. `begin` waits for a first sign of it, so that what fails at once is
-    answered with a status that clients understand, and not with a stream."""
+    """An answer as events. `begin` waits for its turn and for a first sign of it, so that what
+    fails at once is answered with a status that clients understand, and not with a stream."""
 
-    def __init__(self, writer: Writer, items: AsyncGenerator[Item]) -> None:
+    def __init__(self, writer: Writer, items: AsyncGenerator[Item | None]) -> None:
         self._writer, self._items = writer, items
-        self._first: asyncio.Task[Item] | None = None
+        self._first: asyncio.Task[Item | None] | None = None
 
     async def begin(self) -> None:
+        await anext(self._items)
         self._first = asyncio.ensure_future(anext(self._items))
         try:
             await asyncio.wait([self._first], timeout=_FIRST_SECONDS)
@@ -218,8 +221,9 @@ class _Sending:
             await asyncio.wait([self._first])
             await self._items.aclose()
 
-    def _event(self, item: Item) -> bytes:
-        return self._writer.travel(item) if isinstance(item, Travel) else self._writer.chunk(item)
+    def _event(self, item: Item | None) -> bytes:
+        assert item is not None
+        return self._writer.chunk(item) if isinstance(item, Piece) else self._writer.travel(item)
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -118,7 +118,7 @@ def fake_api(script: Script, *grants: Grant, **config: Any) -> Api:
 
 
 @contextmanager
-def serving(make: Callable[[], Api]) -> Iterator[str]:
+def serving(make: Callable[[], Api]) -> Generator[str]:
     """The address of the API, which runs in a thread of its own."""
     address: list[str] = []
     begun = threading.Event()

@@ -278,6 +278,29 @@ def test_consumers_in_several_event_loops(llama: Pair) -> None:
         assert got == new_ids(llama, prompt(seed=index))
 
 
+def test_a_stream_tells_which_servers_it_passes_and_which_is_lost() -> None:
+    pair = Pair("llama", seed=1, replicas=2)
+
+    async def follow() -> None:
+        stream = pair.model.stream(prompt(), **GREEDY)
+        assert stream.hops == []
+        await anext(stream)
+        first = [hop.peer_id for hop in stream.hops]
+        assert [str(hop.blocks) for hop in stream.hops] == [f"{a}:{b}" for a, b in pair.cuts]
+        lost = stream.hops[1]
+        pair.swarm.cut(next(s for s in pair.swarm.servers if s.peer_id == lost.peer_id))
+        assert lost.failure is not None
+        for _ in range(TOKENS - 2):
+            await anext(stream)
+        now = [hop.peer_id for hop in stream.hops]
+        assert (now[0], now[2]) == (first[0], first[2])
+        assert now[1] != first[1]
+        assert (stream.recoveries, stream.moves) == (1, 0)
+
+    with pair.swarm:
+        asyncio.run(follow())
+
+
 # generate ----------------------------------------------------------------------------------------
 
 

@@ -131,7 +131,8 @@ export class Journey {
   }
 }
 
-const list = (names) => names.join(' and ') || 'A server';
+// A name that is written from right to left must not turn the sentence around it.
+const list = (names) => names.map((name) => `\u2068${name}\u2069`).join(' and ') || 'A server';
 
 export function tell({ kind, gone, came, blocks, pause }) {
   const where = `blocks ${blocks.join(' and ')}`;
