@@ -59,8 +59,7 @@ class Processes:
         self.folder = Path(tempfile.mkdtemp(prefix="m-"))
         stack.callback(rmtree, self.folder, ignore_errors=True)
 
-    def start(self, *words: str) -> tuple[subprocess.Popen[str], str]:
-        """The process, and the first line that it says."""
+    def start(self, *words: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", *words],
             cwd=ROOT,
@@ -70,28 +69,32 @@ class Processes:
         )
         self._stack.enter_context(process)
         self._stack.callback(process.kill)
-        assert process.stdout is not None
-        return process, process.stdout.readline()
+        return process
 
-    def server(self, blocks: str, *peers: str) -> tuple[subprocess.Popen[str], str, str]:
-        """A server without a model; its peer id and address. It has the same identity again."""
+    def server(self, blocks: str, *peers: str) -> subprocess.Popen[str]:
+        """A server without a model. For the same blocks it has the same identity again."""
         identity = str(self.folder / blocks.replace(":", "-"))
         words = ["tests.monitor.peer", "--blocks", blocks, "--identity", identity]
-        process, line = self.start(*words, *(["--peers", *peers] if peers else []))
-        _, peer_id, address = line.split()
-        return process, peer_id, address
+        return self.start(*words, *(["--peers", *peers] if peers else []))
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    """The words of the first line that it says."""
+    assert process.stdout is not None
+    return process.stdout.readline().split()
 
 
 def test_a_server_is_killed_and_comes_back_before_the_readers_eyes(visit: Visit) -> None:
     with ExitStack() as stack:
         processes = Processes(stack)
-        _, _, address = processes.server("0:12")
-        victim, peer_id, _ = processes.server("12:24", address)
-        watching, line = processes.start(
+        _, _, address = said(processes.server("0:12"))
+        victim = processes.server("12:24", address)
+        watching = processes.start(
             *("swarm", "monitor", "--peers", address, "--port", "0"),
             *("--history", str(processes.folder / "h.sqlite")),
         )
-        page = visit(line.split()[-1])
+        _, peer_id, _ = said(victim)
+        page = visit(said(watching)[-1])
         page.get_by_role("heading", name="Qwen/Qwen3-8B is degraded.").wait_for()
         page.evaluate("window.same = true")
         page.wait_for_selector(f"#c-{peer_id}.online")
