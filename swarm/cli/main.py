@@ -29,11 +29,13 @@ Each has a --help of its own. To begin: `swarm demo`. For Tab to complete all th
 """
 
 _KEY_HELP = """\
-Make the secret of a private swarm: who holds it may join, serve and read.
+Make the secret of a private swarm: who holds it may join, serve and read. Or make the identity of a
+server or bootstrap node before it runs, and tell its peer id, which is in its address.
 
 examples:
   swarm key new --out secret.key
   swarm-server --swarm-key secret.key --blocks 0:20
+  swarm key identity --out dht.identity       prints Qm...; others join by .../p2p/Qm...
 """
 
 
@@ -91,7 +93,11 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def key_parser() -> Parser:
     parser = Parser("swarm key", _KEY_HELP)
-    parser.add_argument("action", choices=["new"], help="make a new secret")
+    parser.add_argument(
+        "action",
+        choices=["new", "identity"],
+        help="new: a swarm's secret; identity: of a node, unless it is in --out already",
+    )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write it there, for your eyes only"
     )
@@ -101,6 +107,8 @@ def key_parser() -> Parser:
 
 def _key(argv: Sequence[str]) -> int:
     arguments = key_parser().parse_args(argv)
+    if arguments.action == "identity":
+        return _identity(arguments.out, as_json=arguments.json)
     from swarm.identity import SwarmKey, write_secret
 
     text = SwarmKey.generate().text()
@@ -115,4 +123,14 @@ def _key(argv: Sequence[str]) -> int:
         raise UsageError(f"{arguments.out}: {error.strerror}; choose another --out") from error
     if arguments.json:
         print(told)
+    return 0
+
+
+def _identity(path: Path | None, *, as_json: bool) -> int:
+    if path is None:
+        raise UsageError("where to? give --out FILE")
+    from swarm.identity import Identity
+
+    peer_id = Identity.load_or_create(path).peer_id
+    print(json.dumps({"peer_id": peer_id, "file": str(path)}) if as_json else peer_id)
     return 0

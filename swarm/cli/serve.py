@@ -75,6 +75,7 @@ def server_parser() -> Parser:
     )
     _add_balancing(parser)
     _add_listening(parser, port=0)
+    _add_metrics(parser)
     parser.add_argument(
         "--dht-port",
         type=whole(0, 65_535),
@@ -101,18 +102,6 @@ def server_parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
-    )
-    parser.add_argument(
-        "--metrics-port",
-        type=whole(1, 65_535),
-        metavar="N",
-        help="show Prometheus metrics at http://HOST:N/metrics, and at /healthz whether it serves",
-    )
-    parser.add_argument(
-        "--metrics-host",
-        metavar="HOST",
-        default="127.0.0.1",
-        help="IP address for that (default: %(default)s, as anybody who reaches it may read it)",
     )
     parser.add_argument(
         "--kv-memory",
@@ -153,6 +142,21 @@ def _add_balancing(parser: Parser) -> None:
         default="auto",
         help="what one block would give here, in tokens/s: auto (the default) measures it once and "
         "remembers, eval measures anew, and a number is believed",
+    )
+
+
+def _add_metrics(parser: Parser) -> None:
+    parser.add_argument(
+        "--metrics-port",
+        type=whole(1, 65_535),
+        metavar="N",
+        help="show Prometheus metrics at http://HOST:N/metrics, and at /healthz whether it serves",
+    )
+    parser.add_argument(
+        "--metrics-host",
+        metavar="HOST",
+        default="127.0.0.1",
+        help="IP address for that (default: %(default)s, as anybody who reaches it may read it)",
     )
 
 
