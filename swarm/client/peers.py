@@ -12,6 +12,10 @@ from swarm.coordinates import Coordinates, locate
 MAX_PEERS = 4096  # remembered at once; whoever was heard of longest ago is forgotten
 _FIRST_BAN = 1.0  # seconds; doubled with each failure in a row
 _LONGEST_BAN = 300.0  # seconds
+_LONGEST_WAIT = 120.0  # seconds that one who refuses again and again is left alone, if it says less
+_PROVEN = 8  # steps in a row, until what was before them is forgotten...
+_RELAPSES = 3  # ...of which so many cost nothing
+_RESTARTS = 3  # new certificates by which one who does not work is tried at once
 _JITTER = 0.25  # so that the clients of a server that comes back do not come back all at once
 _SMOOTHING = 0.2  # weight of the newest observation
 _NEARER = 0.5  # the same for an RTT that is shorter than known: nothing but a queue makes it longer
@@ -37,6 +41,10 @@ class Peer:
     banned_until: float = float("-inf")
     failed_with: bytes = b""  # the certificate that it had then
     forgiven: bool = False  # once, since it last worked
+    steps: int = 0  # since it last failed
+    relapses: int = 0  # failures after fewer than _PROVEN steps, in a row
+    restarts: int = 0  # since it was last proven
+    refusals: int = 0  # since it last worked
 
     def decode_seconds(self, now: float) -> float | None:
         """One decode step through one block, smoothed; None if it was not observed of late."""
@@ -53,17 +61,27 @@ class PeerBook:
         self._peers: dict[str, Peer] = {}
 
     def failed(self, peer_id: str, now: float, certificate: bytes = b"") -> None:
-        """Ban a peer: 1 s at first, twice as long each time, at most five minutes (+- 25 %)."""
+        """Ban a peer: 1 s at first, twice as long each time, at most five minutes (+- 25 %).
+
+        Who fails, works for a step or two and fails again is banned for longer, too.
+        """
         peer = self._touch(peer_id)
         peer.failed_with = certificate
-        ban = min(_LONGEST_BAN, _FIRST_BAN * 2.0 ** min(peer.failures, 30))
+        worked = peer.worked_at > float("-inf") and peer.failures == 0
+        peer.relapses = peer.relapses + worked if peer.steps < _PROVEN else 0
+        peer.steps = 0
+        doubled = peer.failures + max(0, peer.relapses - _RELAPSES)
+        ban = min(_LONGEST_BAN, _FIRST_BAN * 2.0 ** min(doubled, 30))
         peer.failures += 1
         peer.banned_until = now + ban * (1 + _JITTER * (2 * self._rng.random() - 1))
 
     def busy(self, peer_id: str, now: float, retry_after: float | None) -> None:
-        """A peer has no room; that is no failure, but it is left alone for as long as it says."""
-        wait = _FIRST_BAN if retry_after is None else min(retry_after, _LONGEST_BAN)
+        """A peer has no room; that is no failure, but it is left alone for as long as it says, and
+        longer each time."""
         peer = self._touch(peer_id)
+        least = min(_LONGEST_WAIT, _FIRST_BAN * 2.0 ** min(peer.refusals, 30))
+        wait = min(max(least, retry_after or 0.0), _LONGEST_BAN)
+        peer.refusals += 1
         peer.banned_until = now + wait * (1 + _JITTER * self._rng.random())
 
     def worked(
@@ -82,7 +100,10 @@ class PeerBook:
         hop before it (or after the step was sent), of which its RTT at most was not its own.
         """
         peer = self._touch(peer_id)
-        peer.failures, peer.forgiven = 0, False
+        peer.failures, peer.forgiven, peer.refusals = 0, False, 0
+        peer.steps += 1
+        if peer.steps >= _PROVEN:
+            peer.restarts = 0
         peer.banned_until = float("-inf")
         if blocks and 0 < tokens <= _DECODE_TOKENS:
             if peer.rtt is not None:
@@ -92,9 +113,13 @@ class PeerBook:
             peer.worked_at = now
 
     def seen(self, peer_id: str, certificate: bytes) -> None:
-        """A peer with another certificate than it failed with was started anew: try it at once."""
+        """A peer with another certificate than it failed with was started anew: try it at once,
+        unless it does nothing else."""
         peer = self._peers.get(peer_id)
-        if peer is not None and peer.failures and peer.failed_with != certificate:
+        if peer is None or not peer.failures or peer.failed_with == certificate:
+            return
+        if peer.restarts < _RESTARTS:
+            peer.restarts += 1
             peer.failures = 0
             peer.banned_until = float("-inf")
 

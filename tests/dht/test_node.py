@@ -122,6 +122,7 @@ def test_forged_records_are_refused_and_hide_nobody(swarm: Swarm) -> None:
         (honest.data, ALICE.peer_id, honest.record.kept_until + 60),
         (own.data, None, own.record.kept_until),
         (b"\xff" * 600, EVE.peer_id, own.record.kept_until),
+        (own.data + bytes(1 << 20), EVE.peer_id, own.record.kept_until),
         (own.data, "x" * 46, own.record.kept_until),
     ]:
         assert swarm.call(store(value, subkey, kept_until)) == [False]
