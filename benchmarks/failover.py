@@ -59,6 +59,7 @@ def measure(lab: Lab) -> None:
     lab.progress("starting six servers")
     with LocalSwarm(spans=SPANS * 2) as swarm:
         _killed(lab, swarm, at)
+        _stood_by(lab, swarm, at)
         _stopped(lab, swarm, at)
         _frozen(lab, swarm, at)
         faults.measure(lab, swarm)
@@ -74,6 +75,14 @@ def _killed(lab: Lab, swarm: LocalSwarm, at: int) -> None:
     lab.note("of it until it is noticed", "ms", [pause.noticed for pause in pauses])
     lab.note("… opening anew", "ms", [pause.opened for pause in pauses])
     lab.note("… replaying", "ms", [pause.answered for pause in pauses])
+
+
+def _stood_by(lab: Lab, swarm: LocalSwarm, at: int) -> None:
+    pauses = _pauses(lab, swarm, signal.SIGKILL, at, standby_after=at // 2)
+    longest = [pause.longest for pause in pauses]
+    lab.note(f"pause, SIGKILL at token {at}, with standbys", "ms", longest, at_most(60))
+    lab.note("of it until it is noticed", "ms", [pause.noticed for pause in pauses])
+    lab.note("longest step of the 64 before", "ms", [pause.recent for pause in pauses])
 
 
 def _stopped(lab: Lab, swarm: LocalSwarm, at: int) -> None:
@@ -94,17 +103,21 @@ def _frozen(lab: Lab, swarm: LocalSwarm, at: int) -> None:
     lab.note("pause / (3 x that step + 1 s)", "x", bound, at_most(1))
 
 
-def _pauses(lab: Lab, swarm: LocalSwarm, sign: signal.Signals, at: int) -> list[Pause]:
+def _pauses(
+    lab: Lab, swarm: LocalSwarm, sign: signal.Signals, at: int, standby_after: int | None = None
+) -> list[Pause]:
     found: list[Pause] = []
     for run in range(lab.runs):
-        found.append(_pause(lab, swarm, sign, at))
+        found.append(_pause(lab, swarm, sign, at, standby_after))
         lab.say(f"pause, {sign.name} at token {at}, ms", run, found[-1].longest)
     return found
 
 
-def _pause(lab: Lab, swarm: LocalSwarm, sign: signal.Signals, at: int) -> Pause:
+def _pause(
+    lab: Lab, swarm: LocalSwarm, sign: signal.Signals, at: int, standby_after: int | None
+) -> Pause:
     """The server in the middle gets the signal right after a token; another one takes its place."""
-    distributed = connect(None, swarm)  # looks at the swarm anew
+    distributed = connect(None, swarm, standby_after=standby_after)  # looks at the swarm anew
     most = at + PATIENCE
     victims: list[int] = []
     with tapped(distributed) as tap, distributed.inference_session(PROMPT_TOKENS + most) as session:

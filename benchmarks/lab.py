@@ -150,10 +150,17 @@ class Lab:
         print(f"{time.strftime('%H:%M:%S')} {self.suite}: {text}", file=sys.stderr, flush=True)
 
 
-def connect(path: Path | None, swarm: LocalSwarm, codec: Codec = "none") -> Any:
+def connect(
+    path: Path | None,
+    swarm: LocalSwarm,
+    codec: Codec = "none",
+    standby_after: int | None = None,
+) -> Any:
     """A client's model; None is the bundled one."""
     return AutoDistributedModelForCausalLM.from_pretrained(
-        path, initial_peers=swarm.peers, config=ClientConfig(codec=codec)
+        path,
+        initial_peers=swarm.peers,
+        config=ClientConfig(codec=codec, standby_after=standby_after),
     )
 
 
