@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from swarm.cli.common import Parser, joining_parser, need_peers, parse_joining, whole
@@ -83,18 +84,20 @@ def monitor(argv: Sequence[str]) -> int:
 
     async def work() -> None:
         access = Access(Identity.ephemeral(), arguments.swarm_key)
-        ledger = Ledger(Path(arguments.history) if arguments.history else None)
         joining = Joining(tuple(arguments.join_peers or peers), access.swarm_key is not None)
-        dht = await DhtNode.create(access.identity, peers, key=access.swarm_key, client_mode=True)
-        transport = RpcTransport()
-        try:
+        async with AsyncExitStack() as stack:
+            ledger = Ledger(Path(arguments.history).expanduser() if arguments.history else None)
+            stack.callback(ledger.close)
+            dht = await DhtNode.create(
+                access.identity, peers, key=access.swarm_key, client_mode=True
+            )
+            stack.push_async_callback(dht.close)
+            transport = RpcTransport()
+            stack.push_async_callback(transport.close)
             pulse = Pulse(transport, access, dht.now) if arguments.ask else None
             watcher = Watcher(dht, pulse, ledger, joining, arguments.models)
             async with watcher.running():
                 await serve(make_app(watcher), arguments.host, arguments.port, _tell)
-        finally:
-            await transport.close()
-            await dht.close()
 
     run(work())
     return 0

@@ -11,10 +11,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from swarm.metrics import CONTENT_TYPE, Family, plain, render
-from swarm.monitor.feed import Json
+from swarm.monitor.feed import Json, dump
 from swarm.monitor.history import contributors, thin
 from swarm.monitor.picture import harmless
-from swarm.monitor.watcher import Watched, Watcher
+from swarm.monitor.watcher import MODELS, Watched, Watcher
 from swarm.web import EventStream, HttpProblem, WebApp
 
 STATIC = Path(__file__).parent / "static"
@@ -51,17 +51,16 @@ class _Monitor:
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._feed = watcher.feed
+        # The last answer for each model, by whether compressed, and the state's number then.
+        self._made: dict[tuple[str, bool], tuple[int, bytes]] = {}
 
     async def state(self, request: Request) -> Response:
         tag = f'"{self._feed.run}-{self._feed.number}"'
-        headers = {"etag": tag, "cache-control": "no-cache", "vary": "accept-encoding"}
+        headers = {"etag": tag, "cache-control": "no-cache"}
         if request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=headers)
-        compressed = "gzip" in request.headers.get("accept-encoding", "")
-        if compressed:
-            headers["content-encoding"] = "gzip"
-        whole = self._feed.whole(compressed=compressed)
-        return Response(whole, headers=headers, media_type="application/json")
+        compressed = _takes_gzip(request)
+        return _json(self._feed.whole(compressed=compressed), compressed, headers)
 
     async def changes(self, request: Request) -> Response:
         """After `?run=…&number=…`, which the state says."""
@@ -75,16 +74,22 @@ class _Monitor:
     async def model(self, request: Request) -> Response:
         """By key, by name, or by name@fingerprint, of which the first digits will do."""
         key, watched = self._find(str(request.path_params["name"]))
-        history = watched.history
-        return JSONResponse(
-            {
+        compressed = _takes_gzip(request)
+        number, data = self._made.get((key, compressed), (-1, b""))
+        if number != self._feed.number:
+            history = watched.history
+            told: Json = {
                 "key": key,
                 **self._feed.state["models"][key],
                 "history": thin(history.minutes, self._watcher.now()),
                 "events": _events(watched),
                 "contributors": contributors(history.served),
             }
-        )
+            data = dump(told, compressed=compressed)
+            if len(self._made) > 4 * MODELS:  # some of models that have gone
+                self._made.clear()
+            self._made[key, compressed] = self._feed.number, data
+        return _json(data, compressed, {"cache-control": "no-cache"})
 
     async def server(self, request: Request) -> Response:
         peer_id = str(request.path_params["peer_id"])
@@ -177,6 +182,17 @@ class _Monitor:
             "swarm_monitor_sees", "gauge", "1 if the DHT answers", float(self._watcher.sees)
         )
         yield plain("swarm_monitor_readers", "gauge", "Pages that are open", self._feed.readers)
+
+
+def _takes_gzip(request: Request) -> bool:
+    return "gzip" in request.headers.get("accept-encoding", "")
+
+
+def _json(data: bytes, compressed: bool, headers: dict[str, str]) -> Response:
+    headers |= {"vary": "accept-encoding"}
+    if compressed:
+        headers["content-encoding"] = "gzip"
+    return Response(data, headers=headers, media_type="application/json")
 
 
 def _events(watched: Watched, peer_id: str | None = None) -> list[list[object]]:

@@ -39,7 +39,7 @@ class Feed:
             return
         self.number += 1
         self.state = state
-        self._patches.append((self.number, _dump({"number": self.number, "patch": patch})))
+        self._patches.append((self.number, dump({"number": self.number, "patch": patch})))
         self._whole.clear()
         self._changed.set()
         self._changed = asyncio.Event()
@@ -47,8 +47,8 @@ class Feed:
     def whole(self, *, compressed: bool) -> bytes:
         """The state as JSON, made once for all who ask."""
         if compressed not in self._whole:
-            data = _dump({"run": self.run, "number": self.number, **self.state})
-            self._whole[compressed] = gzip.compress(data, 5) if compressed else data
+            told: Json = {"run": self.run, "number": self.number, **self.state}
+            self._whole[compressed] = dump(told, compressed=compressed)
         return self._whole[compressed]
 
     async def follow(self, run: str, number: int) -> AsyncGenerator[bytes]:
@@ -84,5 +84,7 @@ def difference(before: Json, after: Json) -> Json:
     return patch
 
 
-def _dump(value: Json) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+def dump(value: Json, *, compressed: bool = False) -> bytes:
+    """As JSON, for who takes gzip compressed."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return gzip.compress(data, 5) if compressed else data

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from statistics import median_low
 from typing import Any
 
@@ -27,6 +28,7 @@ Json = dict[str, Any]
 NAME_CHARACTERS = 60  # of what servers call themselves; of models' names, more
 _MODEL_CHARACTERS = 100
 _MARKS = 2  # that may stand on one letter
+_MOST_COMPARED = 50_000  # blocks, over all spans of one size
 _COMING = (State.ONLINE, State.JOINING)
 
 
@@ -174,10 +176,11 @@ def _part(
 ) -> Json:
     """What the servers that compute alike can do together."""
     alike = [record for record in online if record.numerics == numerics]
-    replicas = [0] * num_blocks
+    changes = [0] * (num_blocks + 1)
     for record in alike:
-        for block in range(record.blocks.start, min(record.blocks.end, num_blocks)):
-            replicas[block] += 1
+        changes[min(record.blocks.start, num_blocks)] += 1
+        changes[min(record.blocks.end, num_blocks)] -= 1
+    replicas = list(accumulate(changes[:num_blocks]))
     holders = believe(others_in(_view(model, num_blocks, alike), numerics, ""))
     return {
         "numerics": numerics,
@@ -205,6 +208,8 @@ def _needs(
     """What a newcomer of each size would do most good with: placement's own choice."""
     holders = believe(others_in(_view(model, num_blocks, coming), numerics, ""))
     sizes = sorted({max(1, num_blocks // part) for part in (num_blocks, 8, 4, 2, 1)})
+    # Anybody may announce a model of thousands of blocks, for which choosing would take seconds.
+    sizes = [size for size in sizes if (num_blocks - size) * size <= _MOST_COMPARED]
     gaps = [len(BlockRange.parse(gap)) for gap in missing]
     usual = max(gaps or [median_low([len(h.blocks) for h in holders] or [num_blocks])])
     needs = [

@@ -30,6 +30,7 @@ _PER_SERVER = 0.02  # ...and so much more for each server: a record of each is s
 _DISCOVER_SECONDS = 10.0  # between two looks for models
 _SAVE_SECONDS = 20.0
 _DRAW_SECONDS = 1.0  # between two pictures
+_REST = 10.0  # times as long as a picture took: strangers decide how large it is
 _LATE = 0.5  # of its lifetime: a record that old should have been renewed; its server is asked
 _EVENTS = 12  # of each model, that everybody is told
 
@@ -79,18 +80,31 @@ class Watcher:
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[None]:
-        """Inside, it works; its tasks are gone when this ends, and the history is on the disk."""
+        """Inside, it works; its tasks are gone when this ends, and the history is on the disk.
+
+        What they fail with, a defect, cancels whoever is inside, and is raised.
+        """
+        owner = asyncio.current_task()
+        assert owner is not None
+
+        def look_after(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                owner.cancel()
+
         tasks = [asyncio.create_task(work()) for work in (self._keep_looking, self._keep_telling)]
+        for task in tasks:
+            task.add_done_callback(look_after)
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, Exception):
-                    logger.error("watching ended early", exc_info=result)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
             self._ledger.save(self._ledger.changes(self._kept()), self._dht.now())
             self._ledger.close()
+            for defect in results:
+                if isinstance(defect, Exception):
+                    raise defect
 
     async def discover(self) -> None:
         """See which models there are. Raises PeerUnavailable."""
@@ -213,13 +227,15 @@ class Watcher:
         saved = self.clock()
         while True:
             await self.ask()
+            begin = self.clock()
             if self.looked is not None:
                 self.tell()
                 self.note()
+            pause = max(_DRAW_SECONDS, _REST * (self.clock() - begin))
             if self.clock() - saved >= _SAVE_SECONDS:
                 saved = self.clock()
                 save = partial(
                     self._ledger.save, self._ledger.changes(self._kept()), self._dht.now()
                 )
                 await in_thread(save)
-            await asyncio.sleep(_DRAW_SECONDS)
+            await asyncio.sleep(pause)

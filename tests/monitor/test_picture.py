@@ -99,6 +99,14 @@ def test_what_a_server_says_when_asked_is_newer_than_its_record() -> None:
     assert not unasked.keys() & {"rtt", "path", "up", "adapters", "gone"}
 
 
+def test_a_model_of_thousands_of_blocks_is_drawn_without_comparing_millions() -> None:
+    shown = [record(i, "0:4096", 4096) for i in range(50)]
+    drawn = picture(*shown, blocks=4096)
+    assert [need["count"] for need in drawn["needs"]] == [1, 4096]
+    assert drawn["needs"][drawn["need"]]["count"] == 4096
+    assert drawn["health"] == "healthy"
+
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "\u202egnp.exe\u202c",

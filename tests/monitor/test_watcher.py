@@ -4,9 +4,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from swarm.dht.memory import MemoryDht, Values
 from swarm.dht.records import ServerRecord, ServerState, keys_of, sign_record
-from swarm.errors import PeerUnavailable
+from swarm.errors import PeerUnavailable, UsageError
 from swarm.identity import Identity
 from swarm.monitor import watcher as module
 from swarm.monitor.ledger import Ledger
@@ -126,3 +128,33 @@ def test_a_restart_goes_on_where_the_last_one_ended_even_if_nobody_serves_by_the
     again.look(90_000.0)
     assert KEY not in again.watcher.watched, "a model that nobody served for a day is forgotten"
     again.end()
+
+
+def test_a_defect_ends_the_program_and_the_history_is_kept_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(path=tmp_path / "h.sqlite")
+    announce(story.dht, ADA)
+    story.look()
+
+    async def broken() -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr(story.watcher, "look", broken)
+
+    async def live() -> None:
+        async with story.watcher.running():
+            await asyncio.Event().wait()
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(live())
+    assert KEY in Ledger(tmp_path / "h.sqlite").load(story.dht.time)
+
+
+def test_what_is_wrong_inside_is_raised_as_it_is() -> None:
+    async def live() -> None:
+        async with Story().watcher.running():
+            raise UsageError("the port is in use")
+
+    with pytest.raises(UsageError, match="port"):
+        asyncio.run(live())

@@ -39,7 +39,7 @@ export class Coverage {
       onblur: () => this.choose(null),
       onpointermove: (event) => this.point(event),
       onpointerleave: () => document.activeElement !== this.svg && this.choose(null),
-      onclick: (event) => this.point(event),
+      onclick: (event) => this.click(event),
     });
     this.card = h("div", { class: "card", hidden: true });
     this.cells = svg("g", { role: "presentation" });
@@ -180,7 +180,13 @@ export class Coverage {
   point(event) {
     const bar = event.target.closest?.("[data-peer]");
     if (bar) this.choose(bar.dataset.peer);
-    if (event.type === "click" && bar && event.detail > 1) this.open(bar.dataset.peer);
+  }
+
+  /* With a finger the first touch shows the card, as hovering does, and the second opens. */
+  click(event) {
+    const peer = event.target.closest?.("[data-peer]")?.dataset.peer;
+    if (peer && (event.pointerType !== "touch" || this.active === peer)) this.open(peer);
+    else if (peer) this.choose(peer);
   }
 
   key(event) {
@@ -237,7 +243,7 @@ function details(peer, server) {
   return [
     h("p", { class: "card-name" }, server.name ? name(server.name) : h("span", { class: "mono" }, shortPeer(peer))),
     h("dl", null, facts.map(([term, value]) => h("div", null, h("dt", null, term), h("dd", null, value)))),
-    h("a", { href: `/servers/${encodeURIComponent(peer)}`, tabindex: "-1" }, "its page"),
+    h("p", { class: "soft hint" }, "Click, or press Enter, for its page."),
   ];
 }
 

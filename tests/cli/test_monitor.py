@@ -1,0 +1,48 @@
+"""What people type to start the monitor, and what they are told when it cannot be."""
+
+from pathlib import Path
+
+import pytest
+
+from swarm.cli import monitor_main
+from swarm.cli.monitor import monitor_parser
+
+
+def test_it_listens_to_nobody_else_and_keeps_a_history_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/state")
+    plain = monitor_parser().parse_args([])
+    assert (plain.host, plain.ask, plain.models) == ("127.0.0.1", True, [])
+    assert plain.history == "/state/swarm/monitor.sqlite"
+    words = ["me/a", "me/b", "--no-ask", "--history", "", "--join-peers", "x", "y"]
+    told = monitor_parser().parse_args(words)
+    assert (told.models, told.ask, told.history) == (["me/a", "me/b"], False, "")
+    assert told.join_peers == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "which swarm?"),
+        (["--peers", "nonsense", "--history", ""], "not the address of a peer"),
+        (["--peers", "x", "--port", "99999"], "no whole number"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert monitor_main(words) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.startswith("swarm-monitor: ")
+    assert "Traceback" not in said
+
+
+def test_a_history_that_cannot_be_kept_is_said_before_anything_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "h.sqlite")
+    assert monitor_main(["--peers", "/ip4/127.0.0.1/tcp/9/p2p/Qm", "--history", path]) == 2
+    assert "--history" in capsys.readouterr().err
