@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from hashlib import sha256
 from pathlib import Path
 
 from swarm.cli.common import Parser, joining_parser, need_peers, parse_joining, whole
@@ -41,13 +42,11 @@ def monitor_parser() -> Parser:
         default=PORT,
         help="to listen on (default: %(default)s; 0: any free)",
     )
-    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     parser.add_argument(
         "--history",
         metavar="FILE",
-        default=str(Path(folder).expanduser() / "swarm" / "monitor.sqlite"),
         help="where the last day and the served block-hours are kept; empty: nowhere (default: "
-        "%(default)s)",
+        f"{_folder()}/monitor-….sqlite, another one for other --peers)",
     )
     parser.add_argument(
         "--join-peers",
@@ -82,11 +81,13 @@ def monitor(argv: Sequence[str]) -> int:
     from swarm.monitor.watcher import Watcher
     from swarm.rpc import RpcTransport
 
+    history = history_file(arguments.history, peers)
+
     async def work() -> None:
         access = Access(Identity.ephemeral(), arguments.swarm_key)
         joining = Joining(tuple(arguments.join_peers or peers), access.swarm_key is not None)
         async with AsyncExitStack() as stack:
-            ledger = Ledger(Path(arguments.history).expanduser() if arguments.history else None)
+            ledger = Ledger(history)
             stack.callback(ledger.close)
             dht = await DhtNode.create(
                 access.identity, peers, key=access.swarm_key, client_mode=True
@@ -101,6 +102,20 @@ def monitor(argv: Sequence[str]) -> int:
 
     run(work())
     return 0
+
+
+def history_file(given: str | None, peers: Sequence[str]) -> Path | None:
+    """As given, else one that is this swarm's own, as far as its peers tell: what is in it is shown
+    as the swarm's even when nobody serves it any more. None: it is not wanted."""
+    if given is not None:
+        return Path(given).expanduser() if given else None
+    names = sorted(peer.rpartition("/")[2] for peer in peers)
+    swarm = sha256(" ".join(names).encode()).hexdigest()[:8]
+    return _folder() / f"monitor-{swarm}.sqlite"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "swarm"
 
 
 def _tell(line: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from swarm.cli import monitor_main
-from swarm.cli.monitor import monitor_parser
+from swarm.cli.monitor import history_file, monitor_parser
 
 
 def test_it_listens_to_nobody_else_and_keeps_a_history_unless_told_otherwise(
@@ -14,7 +14,13 @@ def test_it_listens_to_nobody_else_and_keeps_a_history_unless_told_otherwise(
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     plain = monitor_parser().parse_args([])
     assert (plain.host, plain.ask, plain.models) == ("127.0.0.1", True, [])
-    assert plain.history == "/state/swarm/monitor.sqlite"
+    here, there = (history_file(None, [f"/ip4/{i}/tcp/1/p2p/Qm{i}"]) for i in range(2))
+    assert here is not None
+    assert here != there, "two swarms have two histories"
+    assert here.parent == Path("/state/swarm")
+    assert history_file(None, ["/dns4/other/tcp/2/p2p/Qm0"]) == here
+    assert history_file("", ["x"]) is None
+    assert history_file("h", ["x"]) == Path("h")
     words = ["me/a", "me/b", "--no-ask", "--history", "", "--join-peers", "x", "y"]
     told = monitor_parser().parse_args(words)
     assert (told.models, told.ask, told.history) == (["me/a", "me/b"], False, "")
