@@ -100,6 +100,7 @@ class Hop:
         self._stream: Stream | None = None
         # Bounded by the window: nobody sends more than may be unanswered.
         self._outgoing: asyncio.Queue[bytes] = asyncio.Queue()
+        self._redirected = False  # which it was not told, or did not say yet that it knows
         self._idle = False  # nothing waits for the stream
         self._tasks: list[asyncio.Task[None]] = []
         self._synced: asyncio.Future[Synced] | None = None
@@ -194,14 +195,21 @@ class Hop:
         """Learn where the server stands; one that does not answer counts as dead."""
         while not self._outgoing.empty():  # of an older epoch, and perhaps large
             self._outgoing.get_nowait()
+        if self._redirected:
+            self.send(Redirect(next=self.pushes_to))
         await self._ask(epoch, timeout)
+
+    def point_to(self, target: PushTarget | None) -> None:
+        """Have it push to `target`, since the next `sync`."""
+        target = None if target == self.cannot_push_to else target
+        self._redirected |= target != self.pushes_to
+        self.pushes_to = target
 
     async def redirect(self, target: PushTarget | None, epoch: int, timeout: float) -> None:
         """Have it push to `target`, before any step of the new epoch can reach it."""
-        if target != self.pushes_to:
-            self.pushes_to = target
-            self.send(Redirect(next=target))
-            await self._ask(epoch, timeout)
+        self.point_to(target)
+        if self._redirected:
+            await self.sync(epoch, timeout)
 
     async def hand_over(
         self, target: PushTarget, stage: Literal["ahead", "rest"], timeout: float
@@ -240,6 +248,7 @@ class Hop:
         except SwarmError as error:
             self.lose(error)
         else:
+            self._redirected = False
             self.position = synced.position
             self.last_step = max(self.last_step, synced.last_step)
 

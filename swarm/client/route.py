@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Container, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 from swarm.client.hop import Hop, Listener, Terms
@@ -148,6 +149,7 @@ class Route:
             lost += gone
             self.hops = sorted([*self.hops, *spares], key=lambda hop: hop.blocks.start)
             asked = [*(hop for hop in asked if hop.alive), *spares]
+            self._link()
             await asyncio.gather(*(hop.sync(epoch, patience) for hop in asked))
             asked = [hop for hop in asked if not hop.alive]
         for hop in lost:
@@ -285,6 +287,13 @@ class Route:
         await asyncio.gather(*(hop.close() for hop in self.hops))
         self.hops = []
 
+    def _link(self) -> None:
+        """Those who live push to who follows, if somebody does already: told with the next sync."""
+        living = [hop for hop in self.hops if hop.alive]
+        for hop, following in pairwise(living):
+            if hop.blocks.end == following.blocks.start:
+                hop.point_to(following.target)
+
     def _closed_gaps(self, terms: Terms, newborn: int, prompt: int) -> list[Hop]:
         """The hops that live, and new ones between them. Raises NoRoute."""
         route: list[Hop] = []
@@ -304,7 +313,6 @@ class Route:
         self, hop: Hop, target: PushTarget | None, epoch: int, listener: Listener
     ) -> None:
         if hop.alive:
-            target = None if target == hop.cannot_push_to else target
             await hop.redirect(target, epoch, self._timeouts.sync)
         else:
             timeout = self._patience(hop)
