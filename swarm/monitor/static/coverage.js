@@ -243,7 +243,7 @@ function details(peer, server) {
   return [
     h("p", { class: "card-name" }, server.name ? name(server.name) : h("span", { class: "mono" }, shortPeer(peer))),
     h("dl", null, facts.map(([term, value]) => h("div", null, h("dt", null, term), h("dd", null, value)))),
-    h("p", { class: "soft hint" }, "Click, or press Enter, for its page."),
+    h("p", { class: "soft hint" }, "Click, tap again or press Enter for its page."),
   ];
 }
 
