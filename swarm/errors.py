@@ -24,6 +24,7 @@ class ErrorCode(StrEnum):
     TOO_LONG = "too_long"  # the session would outgrow its reservation
     DEADLINE = "deadline"  # the answer was not ready in time
     DRAINING = "draining"  # the server is leaving
+    BAD_ADAPTER = "bad_adapter"  # its names, shapes or numbers do not fit, or not its hash
     INTERNAL = "internal"  # a defect on the server's side
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from swarm.errors import ErrorCode, RemoteProtocolError
-from swarm.messages import Piece, TensorSpec
+from swarm.messages import Piece
+from swarm.messages_training import TensorSpec
 from swarm.tensors import DTYPE_NAMES, TORCH_DTYPES, from_frame, to_frame
 from swarm.types import Codec
 

@@ -13,12 +13,15 @@ from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.messages import (
     PROTOCOL_VERSION,
     Attach,
+    Bundle,
     Close,
     HandedOver,
     HandOver,
     Heritage,
     Inherit,
     Leaving,
+    Lend,
+    Lent,
     Message,
     Open,
     Opened,
@@ -93,6 +96,20 @@ TRAINED: Table = {
 }
 """Server to client, there."""
 
+LENDING: Table = {
+    Phase.NEW: {Lend: Phase.OPEN},
+    Phase.OPEN: {Bundle: Phase.OPEN, Close: Phase.CLOSED},
+    Phase.CLOSED: {},
+}
+"""Client to server, on a session stream that begins with Lend."""
+
+LOANS: Table = {
+    Phase.NEW: {Lent: Phase.OPEN, Refused: Phase.CLOSED},
+    Phase.OPEN: {Lent: Phase.OPEN, Refused: Phase.CLOSED},
+    Phase.CLOSED: {},
+}
+"""Server to client, there."""
+
 INPUTS: Mapping[str, str] = {"position_ids": "int64", "padding": "bool"}
 """What may travel beside the hidden states, and its dtype; each is [B, T]."""
 
@@ -118,7 +135,7 @@ class Conversation:
         return message
 
 
-def agree_on_version(message: Open | Train) -> int:
+def agree_on_version(message: Open | Train | Lend) -> int:
     """The highest version both ends speak. Raises RemoteProtocolError BAD_VERSION."""
     if not message.protocol_min <= PROTOCOL_VERSION <= message.protocol_max:
         raise RemoteProtocolError(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from swarm.client.connection import Connection
 from swarm.client.hop import Terms
-from swarm.client.remote import Connection, RemoteBlocks
+from swarm.client.remote import RemoteBlocks
 from swarm.client.route import Leg
 from swarm.config import ClientConfig, ClientTimeouts, ServerLimits
 from swarm.dht.records import ServerRecord, SignedRecord, open_record, sign_record
@@ -296,6 +297,10 @@ class InProcessSwarm:
             store.check_integrity()
             admission.check_integrity()
             assert (len(admission), admission.promised) == (0, 0)
+            handler = server.handler
+            self.wait_until(
+                lambda handler=handler: not (handler._loans._loans or handler._training)
+            )
             assert server.handler.load().queue == 0
         self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
 

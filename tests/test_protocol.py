@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.messages import (
     Attach,
+    Bundle,
     Close,
     Credentials,
     HandedOver,
@@ -21,6 +22,8 @@ from swarm.messages import (
     InfoRequest,
     Inherit,
     Leaving,
+    Lend,
+    Lent,
     Load,
     Message,
     Open,
@@ -38,7 +41,10 @@ from swarm.messages import (
     Train,
     Trained,
 )
+from swarm.messages_training import BundleSpec
 from swarm.protocol import (
+    LENDING,
+    LOANS,
     PUSH,
     REPLIES,
     SESSION,
@@ -115,6 +121,16 @@ MESSAGES: list[Message] = [
         tensors={},
         credentials=Credentials(public_key=b"", signature=b""),
     ),
+    Lend(
+        model="m",
+        fingerprint="0" * 64,
+        dtype="float32",
+        session_id=b"s" * 16,
+        bundles=(BundleSpec(block=0, digest=b"d" * 32, size=1),),
+        credentials=Credentials(public_key=b"", signature=b""),
+    ),
+    Lent(),
+    Bundle(block=0, start=0, data=b"x"),
     Piece(name="hidden", start=0, rows=tensor(1, 1)),
     Trained(),
     InfoRequest(nonce=b"n" * 16, credentials=Credentials(public_key=b"", signature=b"")),
@@ -134,8 +150,8 @@ def paths_to(table: Table) -> dict[Phase, list[type[Message]]]:
 
 @pytest.mark.parametrize(
     "table",
-    [SESSION, REPLIES, PUSH, TRAINING, TRAINED],
-    ids=["session", "replies", "push", "training", "trained"],
+    [SESSION, REPLIES, PUSH, TRAINING, TRAINED, LENDING, LOANS],
+    ids=["session", "replies", "push", "training", "trained", "lending", "loans"],
 )
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.kind)
 def test_every_message_in_every_phase(table: Table, message: Message) -> None:

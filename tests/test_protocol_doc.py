@@ -72,6 +72,8 @@ def test_the_table_of_states_is_the_code_s() -> None:
         "push, server to server": protocol.PUSH,
         "training, client to server": protocol.TRAINING,
         "training, server to client": protocol.TRAINED,
+        "lending, client to server": protocol.LENDING,
+        "lending, server to client": protocol.LOANS,
     }
     actual = {
         (direction, phase.value, cls.model_fields["kind"].default, after.value)

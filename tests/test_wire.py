@@ -16,6 +16,7 @@ from swarm import messages
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from swarm.messages import (
     Attach,
+    Bundle,
     Close,
     Credentials,
     HandedOver,
@@ -25,6 +26,8 @@ from swarm.messages import (
     InfoRequest,
     Inherit,
     Leaving,
+    Lend,
+    Lent,
     Load,
     Message,
     Open,
@@ -39,10 +42,10 @@ from swarm.messages import (
     Sync,
     Synced,
     TensorFrame,
-    TensorSpec,
     Train,
     Trained,
 )
+from swarm.messages_training import BundleSpec, TensorSpec
 from swarm.types import DTYPE_BYTES, mxint8_bytes
 from swarm.wire import MAX_FRAME_BYTES, decode, encode, pack, unpack
 
@@ -73,6 +76,12 @@ def spec(tensor: TensorFrame) -> TensorSpec:
     return TensorSpec(dtype=tensor.dtype, shape=tensor.shape)
 
 
+bundles = st.builds(
+    BundleSpec,
+    block=blocks,
+    digest=st.binary(min_size=32, max_size=32),
+    size=st.integers(1, 1 << 30),
+)
 targets = st.builds(PushTarget, record=records, session_id=ids, ticket=ids)
 credentials = st.builds(
     Credentials,
@@ -81,18 +90,21 @@ credentials = st.builds(
     proof=st.binary(max_size=64),
 )
 loads = st.builds(Load, queue=counts, step_ms=durations, free_tokens=counts)
+identity: dict[str, st.SearchStrategy[Any]] = {
+    "protocol_min": counts,
+    "protocol_max": counts,
+    "model": texts,
+    "fingerprint": codes,
+    "dtype": dtypes,
+    "quantization": texts,
+    "session_id": ids,
+    "credentials": credentials,
+}
 EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     Open: st.builds(
         Open,
-        protocol_min=counts,
-        protocol_max=counts,
         capabilities=words,
-        model=texts,
-        fingerprint=codes,
-        dtype=dtypes,
-        quantization=texts,
         codec=codecs,
-        session_id=ids,
         ticket=ids,
         start=blocks,
         end=blocks,
@@ -101,7 +113,7 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         next=st.none() | targets,
         priority=st.integers(0, 9),
         trace_id=st.text(max_size=64),
-        credentials=credentials,
+        **identity,
     ),
     Opened: st.builds(
         Opened,
@@ -162,23 +174,24 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     ),
     Train: st.builds(
         Train,
-        protocol_min=counts,
-        protocol_max=counts,
         capabilities=words,
-        model=texts,
-        fingerprint=codes,
-        dtype=dtypes,
-        quantization=texts,
         codec=codecs,
-        session_id=ids,
         start=blocks,
         end=blocks,
         backward=st.booleans(),
         tensors=st.dictionaries(texts, tensors().map(spec), max_size=8),
+        loan=st.none() | ids,
         deadline_ms=st.integers(1, 86_400_000),
         trace_id=st.text(max_size=64),
-        credentials=credentials,
+        **identity,
     ),
+    Lend: st.builds(
+        Lend,
+        bundles=st.lists(bundles, min_size=1, max_size=9).map(tuple),
+        **identity,
+    ),
+    Lent: st.builds(Lent, missing=st.lists(blocks, max_size=9).map(tuple)),
+    Bundle: st.builds(Bundle, block=blocks, start=counts, data=st.binary(min_size=1, max_size=99)),
     Piece: st.builds(Piece, name=texts, start=counts, rows=tensors()),
     Trained: st.builds(Trained, compute_ms=durations, load=loads),
     InfoRequest: st.builds(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,10 +23,12 @@ from swarm.client.remote import (
     kept_positions,
     watched_blocks,
 )
+from swarm.client.training_lora import ShellAdapters
 from swarm.client.training_parts import load_trained, save_trained
 from swarm.client.training_prompts import SoftPrompts
 from swarm.client.turns import finish, resume
 from swarm.errors import UsageError
+from swarm.models.adapters_shell import furnish
 from swarm.models.shell import stack_of
 
 
@@ -45,8 +48,32 @@ class DistributedMixin:
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Only what is trained here (`requires_grad`), and the config; `load_trained` and the
-        Trainer, when it resumes, read it."""
-        save_trained(cast(Any, self), Path(save_directory))
+        Trainer, when it resumes, read it. With adapters: just these, as PEFT saves them."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, **kwargs)  # pyright: ignore
+        return save_trained(cast(Any, self), Path(save_directory))
+
+    def adaptable(self) -> Self:
+        """This model, with a place for adapters in its remote blocks: `get_peft_model` and
+        `PeftModel.from_pretrained` look for linear layers there. `add_adapter` and `load_adapter`
+        do it themselves."""
+        blocks = self.remote_blocks
+        if blocks.adapters is None:
+            furnish(cast(Any, self))
+            blocks.adapters = ShellAdapters(cast(Any, self))
+            connection = blocks.connection
+            weakref.finalize(self, connection.loop.spawn, connection.loans.close).atexit = False
+        return self
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers: a new PEFT adapter, also of layers that are on servers."""
+        self.adaptable()
+        super().add_adapter(*args, **kwargs)  # pyright: ignore
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: a PEFT adapter from a folder or the Hub."""
+        self.adaptable()
+        return super().load_adapter(*args, **kwargs)  # pyright: ignore
 
     def load_trained(self, folder: str | Path) -> None:
         """What `save_pretrained` wrote. Raises UsageError."""

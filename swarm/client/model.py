@@ -14,10 +14,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from swarm.client.connection import Connection
 from swarm.client.generation import distributed_class
 from swarm.client.hop import Terms
 from swarm.client.network import SwarmNetwork
-from swarm.client.remote import Connection, RemoteBlocks
+from swarm.client.remote import RemoteBlocks
 from swarm.client.training_prompts import SoftPrompts
 from swarm.config import ClientConfig
 from swarm.errors import UsageError

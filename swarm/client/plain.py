@@ -148,7 +148,9 @@ class PlainMixin:
             finish(session, text.row(), kwargs["attention_mask"])
         else:
             blocks = self.remote_blocks
-            journey.remote = remote = blocks.connection.open(blocks.blocks, 1, length)
+            journey.remote = remote = blocks.connection.open(
+                blocks.blocks, 1, length, blocks.bundles()
+            )
             try:
                 await decoder.decode(remote, text, take)
             finally:

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import contextvars
-import secrets
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swarm.client.hop import Hop, Terms
-from swarm.client.pace import Pace
+from swarm.client.connection import Connection
+from swarm.client.hop import Hop
 from swarm.client.recoveries import Recovery
-from swarm.client.route import Router
 from swarm.client.session import RemoteSession
-from swarm.client.training import Market, TrainingClient, pass_through
-from swarm.client.training_hop import Post
-from swarm.client.training_plan import Workers
+from swarm.client.training import pass_through
+from swarm.client.training_loans import Bundles
+from swarm.client.training_lora import ShellAdapters
 from swarm.client.training_prompts import SoftPrompts
-from swarm.config import ClientConfig
 from swarm.errors import UsageError
-from swarm.identity import Access
 from swarm.loop import BackgroundLoop
 from swarm.models.shell import ShellCache
-from swarm.transport import Transport
 from swarm.types import BlockRange
 
 _active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
@@ -41,43 +35,6 @@ _watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
 _kept: contextvars.ContextVar[int | None] = contextvars.ContextVar("swarm_kept", default=None)
 
 
-class Dispatcher(Router, Market, Protocol):
-    """Where sessions go, and what is trained with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """What all sessions of one model share; `router`'s methods are called on the loop only."""
-
-    terms: Terms  # of a session with one row and one position
-    router: Dispatcher
-    transport: Transport
-    access: Access
-    config: ClientConfig
-    pace: Pace = field(default_factory=Pace)
-    workers: Workers = field(default_factory=Workers)  # who train for us
-
-    @property
-    def loop(self) -> BackgroundLoop:
-        return BackgroundLoop.shared()
-
-    @property
-    def training(self) -> TrainingClient:
-        post = Post(self.terms, self.transport, self.access, self.config)
-        return TrainingClient(post, self.router, self.workers)
-
-    def open(self, blocks: BlockRange, batch_size: int, max_length: int) -> RemoteSession:
-        terms = replace(
-            self.terms,
-            batch_size=batch_size,
-            max_length=max_length,
-            trace_id=secrets.token_hex(8),
-        )
-        return RemoteSession(
-            blocks, terms, self.router, self.transport, self.access, self.config, self.pace
-        )
-
-
 class InferenceSession:
     """Attention caches on the servers, for ordinary threads. One thread at a time may use it.
 
@@ -86,7 +43,12 @@ class InferenceSession:
     """
 
     def __init__(
-        self, connection: Connection, blocks: BlockRange, max_length: int, prefix: int = 0
+        self,
+        connection: Connection,
+        blocks: BlockRange,
+        max_length: int,
+        prefix: int = 0,
+        bundles: Callable[[], Bundles | None] = lambda: None,
     ) -> None:
         if max_length < 1:
             raise UsageError(f"max_length is {max_length}; a session needs at least one position")
@@ -97,6 +59,7 @@ class InferenceSession:
         self.attention_mask: Tensor | None = None  # of output_ids; None: no padding
         self.doubtful_from: int | None = None  # since a generate broke off, servers hold its tokens
         self._connection = connection
+        self._bundles = bundles  # adapters, as they are when it begins
         self._remote: RemoteSession | None = None
         self._tokens: list[contextvars.Token[InferenceSession | None]] = []
         self._closer: weakref.finalize[Any, Any] | None = None
@@ -174,7 +137,8 @@ class InferenceSession:
         """What lives in the background loop; servers hear of it with its first step."""
         if self._remote is None:
             length = self.max_length + self.prefix
-            self._remote = self._connection.open(self.blocks, rows, length)
+            bundles = self._bundles()
+            self._remote = self._connection.open(self.blocks, rows, length, bundles)
             self._closer = weakref.finalize(self, _close, self._connection.loop, self._remote)
             self._closer.atexit = False  # at exit the streams end anyway
         return self._remote
@@ -261,6 +225,7 @@ class RemoteBlocks(nn.Module):
         self.connection = connection
         self.blocks = blocks
         self.prompts: SoftPrompts | None = None  # in front of all texts
+        self.adapters: ShellAdapters | None = None  # within the blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -275,12 +240,20 @@ class RemoteBlocks(nn.Module):
             raise IndexError(f"{index} does not name consecutive blocks of {self.blocks}")
         first = self.blocks.start
         part = RemoteBlocks(self.connection, BlockRange(first + start, first + end))
+        part.adapters = self.adapters
         return part.train(self.training)
 
     def inference_session(self, max_length: int = 2048) -> InferenceSession:
         """Reserves `max_length` positions per row on every server, at the first step."""
         prefix = 0 if self.prompts is None else len(self.prompts)
-        return InferenceSession(self.connection, self.blocks, max_length, prefix)
+        return InferenceSession(self.connection, self.blocks, max_length, prefix, self.bundles)
+
+    def bundles(self) -> Bundles | None:
+        """The adapters as they are now."""
+        if self.adapters is None:
+            return None
+        with torch.no_grad():
+            return self.adapters.bundles(self.adapters.live())
 
     def forward(
         self,
@@ -346,11 +319,13 @@ class RemoteBlocks(nn.Module):
         deep: Tensor | None,
     ) -> Tensor:
         """Through all blocks: to train, or over a session that is used once."""
-        learns = torch.is_grad_enabled() and (hidden.requires_grad or self.training)
-        if learns or deep is not None:
+        may_learn = hidden.requires_grad or self.training or self.adapters is not None
+        if deep is not None or (torch.is_grad_enabled() and may_learn):
             inputs = _inputs(0, hidden, position_ids, padding)
-            return pass_through(self.connection.training, self.blocks, hidden, inputs, deep)
-        session = InferenceSession(self.connection, self.blocks, max(1, hidden.shape[1]))
+            client, adapters = self.connection.training, self.adapters
+            return pass_through(client, self.blocks, hidden, inputs, deep, adapters)
+        length = max(1, hidden.shape[1])
+        session = InferenceSession(self.connection, self.blocks, length, 0, self.bundles)
         try:
             keep = _kept.get()
             return session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)

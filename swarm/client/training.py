@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
 from typing import Any, Protocol, TypeVar, cast
@@ -19,10 +19,14 @@ from torch import Tensor
 
 from swarm.client.hop import Terms, endpoint_of
 from swarm.client.training_hop import Post
+from swarm.client.training_loans import Bundles, Lender, Loans
+from swarm.client.training_lora import ShellAdapters
 from swarm.client.training_plan import BACKWARD, Leg, Workers
 from swarm.dht.records import SignedRecord
 from swarm.errors import ErrorCode, NoRoute, RemoteProtocolError, SwarmError, UsageError
 from swarm.loop import BackgroundLoop
+from swarm.messages_training import TensorSpec
+from swarm.pieces import spec_of
 from swarm.transport import Endpoint
 from swarm.types import BlockRange
 
@@ -31,8 +35,9 @@ T = TypeVar("T")
 _PART_TOKENS = 128  # at least, of a part of a batch; one text may have more
 _PARTS = 16  # of a batch, at most
 _PAUSE = 0.1  # seconds between two looks for somebody who serves the blocks
+_ROWS = ("hidden", "gradient")  # belong to single texts; other tensors to all together
 # What another server would say as well.
-_OURS = {ErrorCode.BAD_FRAME, ErrorCode.BAD_TENSOR}
+_OURS = {ErrorCode.BAD_FRAME, ErrorCode.BAD_TENSOR, ErrorCode.BAD_ADAPTER}
 
 
 class Market(Protocol):
@@ -47,6 +52,21 @@ class Market(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Adapted:
+    """Adapters that the blocks have: `shapes` are those of their factors, by `BLOCK.NAME`."""
+
+    bundles: Bundles
+    shapes: Mapping[str, TensorSpec]
+
+    def within(self, blocks: BlockRange) -> dict[str, TensorSpec]:
+        return {
+            name: spec
+            for name, spec in self.shapes.items()
+            if blocks.start <= int(name.partition(".")[0]) < blocks.end
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """On the CPU and in the servers' dtype. `inputs` have `position_ids` and `padding` where they
     are needed, both `[B, T, ...]`; `prompts` is `[blocks, P, H]`."""
@@ -55,22 +75,32 @@ class Batch:
     hidden: Tensor
     inputs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     prompts: Tensor | None = None
+    adapted: Adapted | None = None
 
     def rows(self, begin: int, end: int) -> Batch:
         inputs = {name: value[begin:end] for name, value in self.inputs.items()}
-        return Batch(self.blocks, self.hidden[begin:end], inputs, self.prompts)
+        return replace(self, hidden=self.hidden[begin:end], inputs=inputs)
 
     def at(self, blocks: BlockRange, hidden: Tensor) -> Batch:
         """The same texts where they enter some of the blocks."""
         first = self.blocks.start
         own = slice(blocks.start - first, blocks.end - first)
         prompts = None if self.prompts is None else self.prompts[own]
-        return Batch(blocks, hidden, self.inputs, prompts)
+        return replace(self, blocks=blocks, hidden=hidden, prompts=prompts)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         given = {"hidden": self.hidden, **self.inputs}
         return given if self.prompts is None else given | {"prompts": self.prompts}
+
+    def answer(self, *, backward: bool) -> dict[str, TensorSpec]:
+        """What a server says that has all its blocks."""
+        if not backward:
+            return {"hidden": spec_of(self.hidden)}
+        answer = {"gradient": spec_of(self.hidden)}
+        if self.prompts is not None:
+            answer["prompts"] = spec_of(self.prompts)
+        return answer | (self.adapted.within(self.blocks) if self.adapted else {})
 
 
 Trail = list[Batch]
@@ -84,6 +114,12 @@ class TrainingClient:
     post: Post
     market: Market
     workers: Workers
+    loans: Loans
+
+    @property
+    def lender(self) -> Lender:
+        post = self.post
+        return Lender(post.terms, post.transport, post.access, post.config.timeouts.step)
 
     async def forward(self, batch: Batch) -> tuple[Tensor, list[Trail]]:
         """What leaves the last block, and what `backward` needs. Raises NoRoute, UsageError."""
@@ -91,13 +127,13 @@ class TrainingClient:
         return torch.cat([output for output, _ in done]), [trail for _, trail in done]
 
     async def backward(self, trails: list[Trail], gradient: Tensor) -> Mapping[str, Tensor]:
-        """`gradient` by what entered the first block, and by all `prompts`."""
+        """`gradient` by what entered the first block, by all `prompts` and factors of adapters."""
         sizes = [trail[0].hidden.shape[0] for trail in trails]
         parts = zip(trails, gradient.split(sizes), strict=True)
         done = await _together([self._backward(list(trail), part) for trail, part in parts])
-        result = {"gradient": torch.cat([part["gradient"] for part in done])}
-        if "prompts" in done[0]:
-            result["prompts"] = torch.stack([part["prompts"] for part in done]).sum(0)
+        result = {"gradient": torch.cat([part.pop("gradient") for part in done])}
+        for name in done[0]:
+            result[name] = sum((part[name] for part in done[1:]), done[0][name])
         return result
 
     def _parts(self, batch: Batch) -> list[Batch]:
@@ -127,8 +163,9 @@ class TrainingClient:
                 search = _Search(self)
         return hidden, trail
 
-    async def _backward(self, trail: Trail, gradient: Tensor) -> Mapping[str, Tensor]:
+    async def _backward(self, trail: Trail, gradient: Tensor) -> dict[str, Tensor]:
         learnt: list[Tensor] = []
+        result: dict[str, Tensor] = {}
         search = _Search(self)
         while trail:
             entering = trail[-1]
@@ -145,11 +182,10 @@ class TrainingClient:
             answer = await self._ask(leg, entering, gradient)
             if answer is not None:
                 trail.pop()
+                result |= answer
                 gradient = answer["gradient"]
-                if "prompts" in answer:
-                    learnt.append(answer["prompts"])
+                learnt.extend(answer[name] for name in answer if name == "prompts")
                 search = _Search(self)
-        result = {"gradient": gradient}
         return result | ({"prompts": torch.cat(learnt[::-1])} if learnt else {})
 
     async def _ask(
@@ -158,11 +194,10 @@ class TrainingClient:
         """The answer; None: that server failed. Raises UsageError, RemoteProtocolError."""
         rows, length, _ = part.hidden.shape
         tokens = rows * length * (1.0 if gradient is None else BACKWARD)
-        tensors = part.tensors | ({} if gradient is None else {"gradient": gradient})
         clock = asyncio.get_running_loop().time
         begin, work = clock(), self.workers.give(leg, tokens)
         try:
-            answer = await self.post.ask(leg, tensors, backward=gradient is not None)
+            answer = await self._send(leg, part, gradient)
         except RemoteProtocolError as error:
             if error.code is ErrorCode.OVERSIZE and rows > 1:
                 return await self._halves(leg, part, gradient)
@@ -172,16 +207,47 @@ class TrainingClient:
                 ) from None
             if error.code in _OURS:
                 raise
-            self.market.failed(endpoint_of(leg.server.record), error)
+            self._blame(leg, error)
             return None
         except SwarmError as error:
-            self.market.failed(endpoint_of(leg.server.record), error)
+            if isinstance(error, UsageError):
+                raise
+            self._blame(leg, error)
             return None
         else:
             self.workers.took(leg, tokens, clock() - begin)
             return answer
         finally:
             self.workers.take(leg, work)
+
+    async def _send(self, leg: Leg, part: Batch, gradient: Tensor | None) -> Mapping[str, Tensor]:
+        """Raises PeerUnavailable, RemoteProtocolError, UsageError."""
+        tensors = part.tensors | ({} if gradient is None else {"gradient": gradient})
+        answer = part.answer(backward=gradient is not None)
+        for last in (False, True):
+            loan = await self._borrow(leg, part)
+            try:
+                return await self.post.ask(leg, tensors, loan, answer)
+            except RemoteProtocolError as error:  # it may have been started anew
+                if last or loan is None or error.code is not ErrorCode.UNKNOWN_SESSION:
+                    raise
+                self.loans.lost(leg.server.record.peer_id)
+        raise AssertionError
+
+    async def _borrow(self, leg: Leg, part: Batch) -> bytes | None:
+        if part.adapted is None:
+            return None
+        endpoint = endpoint_of(leg.server.record)
+        try:
+            return await self.loans.at(self.lender, endpoint, part.adapted.bundles, leg.blocks)
+        except RemoteProtocolError as error:
+            if error.code in (ErrorCode.OVERSIZE, ErrorCode.BAD_ADAPTER):
+                raise UsageError(f"{endpoint} does not take this adapter: {error}") from None
+            raise
+
+    def _blame(self, leg: Leg, error: SwarmError) -> None:
+        self.loans.lost(leg.server.record.peer_id)
+        self.market.failed(endpoint_of(leg.server.record), error)
 
     async def _halves(
         self, leg: Leg, part: Batch, gradient: Tensor | None
@@ -197,7 +263,7 @@ class TrainingClient:
             answers.append(answer)
         one, two = answers
         return {
-            name: one[name] + two[name] if name == "prompts" else torch.cat([one[name], two[name]])
+            name: torch.cat([one[name], two[name]]) if name in _ROWS else one[name] + two[name]
             for name in one
         }
 
@@ -234,34 +300,36 @@ async def _together(parts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 class _Passage(torch.autograd.Function):
-    """The remote blocks as one operation of autograd."""
+    """The remote blocks as one operation of autograd, of hidden states, prompts and factors."""
 
     @staticmethod
     def forward(
-        ctx: Any, client: TrainingClient, batch: Batch, hidden: Tensor, prompts: Tensor | None
+        ctx: Any, client: TrainingClient, batch: Batch, hidden: Tensor, *learning: Tensor | None
     ) -> Tensor:
         output, ctx.trails = BackgroundLoop.shared().call(client.forward(batch))
-        ctx.client, ctx.like, ctx.prompts = client, hidden, prompts
-        ctx.versions = _versions(hidden, prompts)
+        ctx.client, ctx.batch, ctx.given = client, batch, (hidden, *learning)
+        ctx.versions = _versions(ctx.given)
         return output.to(hidden.device, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        batch: Batch = ctx.batch
         if torch.is_grad_enabled():
             raise UsageError("gradients of gradients do not pass through remote blocks")
-        hidden, prompts = ctx.like, ctx.prompts
-        if ctx.versions != _versions(hidden, prompts):
+        if ctx.versions != _versions(ctx.given):
             raise RuntimeError("what entered remote blocks was modified in place since")
         client: TrainingClient = ctx.client
-        gradient = gradients[0].detach().to("cpu", ctx.trails[0][0].hidden.dtype)
+        gradient = gradients[0].detach().to("cpu", batch.hidden.dtype)
         found = BackgroundLoop.shared().call(client.backward(ctx.trails, gradient))
-        by_prompts = None
-        if prompts is not None:
-            by_prompts = found["prompts"].to(prompts.device, prompts.dtype)
-        return None, None, found["gradient"].to(hidden.device, hidden.dtype), by_prompts
+        names = ["gradient", "prompts", *(batch.adapted.shapes if batch.adapted else ())]
+        results = [
+            None if given is None else found[name].to(given.device, given.dtype)
+            for name, given in zip(names, ctx.given, strict=True)
+        ]
+        return None, None, *results
 
 
-def _versions(*tensors: Tensor | None) -> list[int]:
+def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
     return [tensor._version for tensor in tensors if tensor is not None]
 
 
@@ -271,13 +339,24 @@ def pass_through(
     hidden: Tensor,
     inputs: Mapping[str, Tensor],
     prompts: Tensor | None = None,
+    adapters: ShellAdapters | None = None,
 ) -> Tensor:
-    """`[B, T, H]` through remote blocks, so that gradients find back to `hidden` and `prompts`.
+    """`[B, T, H]` through remote blocks, so that gradients find back to `hidden` and `prompts`, and
+    to the parameters of `adapters`.
 
     Raises NoRoute, UsageError.
     """
     dtype = getattr(torch, client.post.terms.numerics.dtype)
     own = hidden.detach().to("cpu", dtype)
     deep = None if prompts is None else prompts.detach().to("cpu", dtype)
-    batch = Batch(blocks, own, inputs, deep)
-    return cast(Tensor, _Passage.apply(client, batch, hidden, prompts))
+    factors: dict[str, Tensor] = {}
+    adapted = None
+    if adapters is not None:
+        live = adapters.live()
+        for block in sorted(live):
+            if blocks.start <= block < blocks.end:
+                factors |= {f"{block}.{name}": t for name, t in live[block].tensors.items()}
+        shapes = {name: spec_of(tensor) for name, tensor in factors.items()}
+        adapted = Adapted(adapters.bundles(live), shapes) if factors else None
+    batch = Batch(blocks, own, inputs, deep, adapted)
+    return cast(Tensor, _Passage.apply(client, batch, hidden, prompts, *factors.values()))

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from swarm.asking import ask
 from swarm.client.hop import Terms, endpoint_of
+from swarm.client.training_loans import refused
 from swarm.client.training_plan import Leg
 from swarm.config import ClientConfig
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
 from swarm.identity import Access, opening_transcript
-from swarm.messages import Message, Opened, Piece, Refused, TensorSpec, Train, Trained
+from swarm.messages import Message, Opened, Piece, Refused, Train, Trained
+from swarm.messages_training import TensorSpec
 from swarm.pieces import Gathering, in_pieces, spec_of
 from swarm.protocol import TRAINED, Conversation
 from swarm.transport import Endpoint, Stream, Transport
@@ -35,24 +37,30 @@ class Post:
     config: ClientConfig
 
     async def ask(
-        self, leg: Leg, tensors: Mapping[str, Tensor], *, backward: bool
+        self,
+        leg: Leg,
+        tensors: Mapping[str, Tensor],
+        loan: bytes | None,
+        answer: Mapping[str, TensorSpec],
     ) -> Mapping[str, Tensor]:
-        """`hidden` after `leg.blocks`; or, `backward`, `gradient` before them, and that of
-        `prompts`. Raises PeerUnavailable, RemoteProtocolError."""
+        """The `answer` to a batch, backward if there is a `gradient` in it.
+
+        Raises PeerUnavailable, RemoteProtocolError.
+        """
         endpoint = endpoint_of(leg.server.record)
-        request = self._request(leg, endpoint, tensors, backward)
+        request = self._request(leg, endpoint, tensors, loan)
         timeout = self.config.timeouts.connect
         stream = await self.transport.open_stream(endpoint, "session", timeout)
         try:
             async with asyncio.timeout(_LONGEST):
-                return await self._exchange(stream, endpoint, request, tensors)
+                return await self._exchange(stream, endpoint, request, (tensors, answer))
         except TimeoutError:
             raise PeerUnavailable(f"{endpoint} took more than {_LONGEST:g} s") from None
         finally:
             stream.cancel()
 
     def _request(
-        self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], backward: bool
+        self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], loan: bytes | None
     ) -> Train:
         terms, session_id = self.terms, secrets.token_bytes(16)
         public_key = self.access.identity.public_key
@@ -68,7 +76,8 @@ class Post:
             session_id=session_id,
             start=leg.blocks.start,
             end=leg.blocks.end,
-            backward=backward,
+            backward="gradient" in tensors,
+            loan=loan,
             tensors={name: spec_of(tensor) for name, tensor in tensors.items()},
             deadline_ms=int(1e3 * _LONGEST),
             trace_id=terms.trace_id,
@@ -76,8 +85,13 @@ class Post:
         )
 
     async def _exchange(
-        self, stream: Stream, endpoint: Endpoint, request: Train, tensors: Mapping[str, Tensor]
+        self,
+        stream: Stream,
+        endpoint: Endpoint,
+        request: Train,
+        both: tuple[Mapping[str, Tensor], Mapping[str, TensorSpec]],
     ) -> Mapping[str, Tensor]:
+        tensors, answer = both
         conversation = Conversation(TRAINED)
         await stream.send(encode(request))
         message = await self._hear(stream, endpoint, conversation)
@@ -88,7 +102,7 @@ class Post:
         except PeerUnavailable:
             await self._hear(stream, endpoint, conversation)  # perhaps it has said why
             raise
-        gathering = Gathering(_answer(request))
+        gathering = Gathering(answer)
         while isinstance(message := await self._hear(stream, endpoint, conversation), Piece):
             gathering.add(message)
         if not isinstance(message, Trained) or not gathering.complete:
@@ -110,16 +124,5 @@ class Post:
             raise PeerUnavailable(f"{endpoint} ended the stream")
         message = conversation.receive(decode(frame))
         if isinstance(message, Refused):
-            raise RemoteProtocolError(
-                ErrorCode(message.code), message.message, retry_after=message.retry_after
-            )
+            raise refused(message)
         return message
-
-
-def _answer(request: Train) -> Mapping[str, TensorSpec]:
-    """What will come back."""
-    given = request.tensors
-    if not request.backward:
-        return {"hidden": given["hidden"]}
-    answer = {"gradient": given["hidden"]}
-    return answer | ({"prompts": given["prompts"]} if "prompts" in given else {})

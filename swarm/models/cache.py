@@ -87,6 +87,7 @@ class _Clocked(Cache):
 
     length = 0  # tokens held, padding included
     max_length = -1
+    adapter: Any = None  # of the session (models/adapters.py)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -174,8 +175,7 @@ class RectanglePass(_Clocked):
 class SpanCache(_Clocked):
     """What one session left in blocks `[start, end)`; addressed by the blocks' absolute numbers.
 
-    Whoever makes it, it then belongs to the thread that owns the device. `release` gives its
-    pages back.
+    It belongs to the thread that owns the device. `release` gives its pages back.
     """
 
     def __init__(

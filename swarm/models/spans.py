@@ -7,10 +7,10 @@ front of the first block of whichever sub-span a session asked for.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
+from swarm.models.adapters import Adapter, BlockAdapter, Patches, Use
 from swarm.models.attention import RAGGED, RaggedPass
 from swarm.models.cache import ProbeCache, RectanglePass, SpanCache, plan_layers
 from swarm.models.families import (
@@ -27,12 +28,12 @@ from swarm.models.families import (
     depends_on_pass,
     find_stack,
     reset_ropes,
-    sliced_config,
     text_config,
 )
 from swarm.models.packing import quicken
 from swarm.models.passes import Segment
 from swarm.models.storage import KvStore
+from swarm.models.views import View
 from swarm.types import BlockRange
 
 
@@ -69,27 +70,6 @@ class SplitProof:
     can_align: bool = False
 
 
-class _Entry(nn.Module):
-    """The first block of a view: what the stack made of its input gives way to what we received."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self.hidden: Tensor | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return self.block(self.hidden, *args[1:], **kwargs)
-        kwargs["hidden_states"] = self.hidden
-        return self.block(**kwargs)
-
-    def __getattr__(self, name: str) -> Any:  # stacks read attributes such as `attention_type`
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
-
-
 class _Nothing(nn.Module):
     """In place of embeddings: the stack adds or looks up something that no one will read."""
 
@@ -106,29 +86,6 @@ class _Same(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-class _View:
-    """The stack as it looks to sessions on one sub-span."""
-
-    def __init__(self, stack: nn.Module, list_name: str, blocks: BlockRange) -> None:
-        layers = list(cast(nn.ModuleList, getattr(stack, list_name)))[blocks.start : blocks.end]
-        self.entry = _Entry(layers[0])
-        self.stack = copy.copy(stack)
-        vars(self.stack)["_modules"] = dict(stack.named_children())
-        # A plain list, since models slice it in every forward and module lists are slow at that.
-        del vars(self.stack)["_modules"][list_name]
-        vars(self.stack)[list_name] = [self.entry, *layers[1:]]
-        config = cast(Any, stack).config
-        vars(self.stack)["config"] = sliced_config(config, blocks.start, blocks.end)
-
-    def run(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        vars(self.entry)["hidden"] = hidden  # a module's own way to set attributes is slow
-        kwargs = {"use_cache": True, "return_dict": True} | kwargs
-        try:
-            return self.stack(inputs_embeds=hidden, **kwargs)[0]
-        finally:
-            vars(self.entry)["hidden"] = None
 
 
 def strip(model: PreTrainedModel, blocks: BlockRange) -> None:
@@ -168,13 +125,15 @@ class Span:
         self.dtype, self.device = first.dtype, first.device
         self.hidden_size: int = self.config.hidden_size
         self._plan = plan_layers(self.config)
-        self._views: dict[tuple[BlockRange, str], _View] = {}  # by the attention, too
+        self._views: dict[tuple[BlockRange, str], View] = {}  # by the attention, too
         self._accepted = frozenset(inspect.signature(self._stack.forward).parameters)
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
         quicken(self._stack, self._try_out)
         self.store = self._make_store()
+        layers: Any = getattr(self._stack, self._list_name)
+        self.patches = Patches({i: layers[i] for i in range(blocks.start, blocks.end)})
         self.own_attention: str = cast(Any, self.config)._attn_implementation
         if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED
@@ -186,7 +145,7 @@ class Span:
         size = (1, tokens, self.hidden_size)
         numbers = torch.linspace(-1, 1, size[1] * size[2], dtype=self.dtype, device=self.device)
         # Not one that is kept: what it calls will be replaced.
-        view = _View(self._stack, self._list_name, self.blocks)
+        view = View(self._stack, self._list_name, self.blocks)
         return view.run(numbers.view(size), **{self._cache_argument: cache})
 
     def _make_store(self) -> KvStore:
@@ -212,7 +171,9 @@ class Span:
     def weights(self) -> Iterable[Tensor]:
         return self._stack.parameters()
 
-    def run_freely(self, block: int, hidden: Tensor, **inputs: Tensor | None) -> Tensor:
+    def run_freely(
+        self, block: int, hidden: Tensor, adapter: BlockAdapter | None, **inputs: Tensor | None
+    ) -> Tensor:
         """`[B, T, H]` through one block, with the model's own attention and without a cache, so
         that gradients can pass. `inputs`: the stack's `attention_mask` and `position_ids`."""
         if self.takes_whole_steps:
@@ -221,7 +182,11 @@ class Span:
         attention, config._attn_implementation = config._attn_implementation, self.own_attention
         try:
             given = {name: value for name, value in inputs.items() if name in self._accepted}
-            return self._view(BlockRange(block, block + 1)).run(hidden, use_cache=False, **given)
+            view = self._view(BlockRange(block, block + 1))
+            with self._adapted(
+                [({block: adapter} if adapter else None, 0, hidden[..., 0].numel())]
+            ):
+                return view.run(hidden, use_cache=False, **given)
         finally:
             config._attn_implementation = attention
 
@@ -270,6 +235,7 @@ class Span:
         if step.extras or self.proof.can_batch:
             return not step.extras
         planar = step.position_ids is None or step.position_ids.ndim == 2
+        planar = planar and step.cache.adapter is None
         return self.proof.can_align and step.hidden.shape[1] == 1 and planar
 
     def _run_in_pieces(self, step: SpanStep) -> Tensor:
@@ -294,7 +260,8 @@ class Span:
             **step.extras,
         }
         accepted = {name: value for name, value in wanted.items() if name in self._accepted}
-        output = self._view(cache.blocks).run(step.hidden, **accepted)
+        with self._adapted([(cache.adapter, 0, step.hidden[..., 0].numel())]):
+            output = self._view(cache.blocks).run(step.hidden, **accepted)
         cache.commit(tokens, mask)
         return output
 
@@ -309,7 +276,11 @@ class Span:
             together = [steps[index] for index in members]
             packed = _segments(together)
             parts = [hidden[index] for index in members]
-            with RaggedPass(self.store, packed, gathers=self._gathers) as work:
+            uses = [
+                (s.cache.adapter, p.start, p.end) for s, p in zip(together, packed, strict=True)
+            ]
+            work = RaggedPass(self.store, packed, gathers=self._gathers)
+            with work, self._adapted(uses):
                 output = self._view(piece).run(
                     torch.cat(parts, dim=1) if len(parts) > 1 else parts[0],
                     position_ids=_packed_positions(together, self.device),
@@ -336,10 +307,17 @@ class Span:
         outputs = output.split([segment.rows for segment in segments])
         return list(zip(segments, outputs, strict=True))
 
-    def _view(self, blocks: BlockRange) -> _View:
+    def _adapted(
+        self, uses: Sequence[tuple[Adapter | None, int, int]]
+    ) -> AbstractContextManager[None]:
+        """Inside, these tokens of a pass have adapters; the last ones end where the pass does."""
+        some = [Use(adapter, begin, end) for adapter, begin, end in uses if adapter]
+        return self.patches.applied(some, uses[-1][2]) if some else nullcontext()
+
+    def _view(self, blocks: BlockRange) -> View:
         key = blocks, cast(Any, self.config)._attn_implementation
         if key not in self._views:
-            self._views[key] = _View(self._stack, self._list_name, blocks)
+            self._views[key] = View(self._stack, self._list_name, blocks)
         return self._views[key]
 
 

@@ -7,17 +7,20 @@ Weights are frozen: only what the batch brought with it has gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from swarm.models.adapters import Adapter, BlockAdapter
 from swarm.models.spans import Span
 from swarm.types import BlockRange
 
 _GUESS = 32  # numbers of the hidden size that a token leaves in a block's graph, until measured
 _SCORES = 4  # numbers that attention which is written out leaves for each pair of positions
+
+_PROMPTS = "prompts"
 
 Units = Generator[bool, None, Mapping[str, Tensor]]
 """Yields after each block: True when nothing of the batch is on the device just then."""
@@ -29,7 +32,8 @@ class Batch:
 
     hidden: `[B, T, H]`. gradient: likewise, of what the blocks make of it; None: forward only.
     position_ids: int64 `[B, T]` or `[B, T, 3 | 4]`. padding: bool `[B, T]`, True for real tokens.
-    prompts: `[blocks, P, H]`, P <= T.
+    prompts: `[blocks, P, H]`, P <= T. adapter: has gradients, too, by the names `BLOCK.TENSOR` of
+    what is in its bundles.
     """
 
     blocks: BlockRange
@@ -38,6 +42,7 @@ class Batch:
     position_ids: Tensor | None = None
     padding: Tensor | None = None
     prompts: Tensor | None = None
+    adapter: Adapter = field(default_factory=dict[int, BlockAdapter])
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,16 @@ class _Slice:
     hidden: Tensor
     inputs: Mapping[str, Tensor | None]
     prompts: Sequence[Tensor]  # one for each block, or none
+    adapter: Adapter
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """What a block computed, ready to go back through: `output` came of `leaves`."""
+    """What a block computed, ready to go back through: `output` came of what entered the block, and
+    of `leaves` with these names."""
 
-    leaves: Sequence[Tensor]
+    entered: Tensor
+    leaves: Mapping[str, Tensor]
     output: Tensor
 
 
@@ -83,7 +91,7 @@ class SpanTraining:
         least. Must be advanced outside of inference mode.
         """
         output = torch.empty_like(batch.hidden)
-        learnt = None if batch.prompts is None else torch.zeros_like(batch.prompts)
+        learnt: dict[str, Tensor] = {}
         rows, tokens, _ = batch.hidden.shape
         begin = 0
         while begin < rows:
@@ -98,7 +106,11 @@ class SpanTraining:
             yield True
         if batch.gradient is None:
             return {"hidden": output}
-        return {"gradient": output} | ({} if learnt is None else {"prompts": learnt})
+        prompts = [learnt.pop(f"{block}.{_PROMPTS}") for block in _some(batch)]
+        if prompts:
+            learnt["prompts"] = torch.stack(prompts)
+        found = {name: tensor.cpu() for name, tensor in learnt.items()}
+        return {"gradient": output} | found
 
     def _rows(self, left: int, tokens: int, width: int) -> int:
         if self._span.takes_whole_steps:  # its numbers follow the longest of all rows
@@ -122,7 +134,8 @@ class SpanTraining:
         mask = None if padding is None or bool(padding.all()) else padding.long()
         prompts = () if batch.prompts is None else tuple(batch.prompts.to(device))
         inputs = {"attention_mask": mask, "position_ids": positions}
-        return _Slice(batch.blocks, cast(Tensor, part(batch.hidden)), inputs, prompts)
+        hidden = cast(Tensor, part(batch.hidden))
+        return _Slice(batch.blocks, hidden, inputs, prompts, batch.adapter)
 
     def _forward(self, part: _Slice) -> Generator[bool, None, Tensor]:
         hidden = part.hidden
@@ -134,16 +147,24 @@ class SpanTraining:
     @torch.no_grad()
     def _block(self, part: _Slice, index: int, hidden: Tensor) -> Tensor:
         prompts = part.prompts[index] if part.prompts else None
-        return self._compute(part, index, hidden, prompts)
+        block = part.blocks.start + index
+        return self._compute(part, block, hidden, prompts, part.adapter.get(block))
 
-    def _compute(self, part: _Slice, index: int, hidden: Tensor, prompts: Tensor | None) -> Tensor:
+    def _compute(
+        self,
+        part: _Slice,
+        block: int,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        adapter: BlockAdapter | None,
+    ) -> Tensor:
         if prompts is not None:
             rest = hidden.shape[1] - prompts.shape[0]
             hidden = hidden + torch.nn.functional.pad(prompts, (0, 0, 0, rest))
-        return self._span.run_freely(part.blocks.start + index, hidden, **part.inputs)
+        return self._span.run_freely(block, hidden, adapter, **part.inputs)
 
     def _backward(
-        self, part: _Slice, gradient: Tensor, learnt: Tensor | None
+        self, part: _Slice, gradient: Tensor, learnt: dict[str, Tensor]
     ) -> Generator[bool, None, Tensor]:
         """Graphs of as many blocks as fit are made at once; of the others only the input is kept,
         and they are computed again."""
@@ -165,18 +186,26 @@ class SpanTraining:
             graph = kept.pop()
             if isinstance(graph, Tensor):
                 graph, _ = self._graph(part, index, graph)
-            gradient, *others = torch.autograd.grad(graph.output, graph.leaves, gradient)
-            if learnt is not None:
-                learnt[index] += others[0].to(learnt.device)
-            del graph
+            wanted = [graph.entered, *graph.leaves.values()]
+            gradient, *others = torch.autograd.grad(graph.output, wanted, gradient)
+            for name, other in zip(graph.leaves, others, strict=True):
+                name = f"{part.blocks.start + index}.{name}"
+                learnt[name] = learnt[name] + other if name in learnt else other
+            del graph, wanted
             yield False
         return gradient
 
     def _graph(self, part: _Slice, index: int, hidden: Tensor) -> tuple[_Graph, float]:
         """One block with its graph, and how many bytes that keeps."""
-        leaves = [hidden.detach().requires_grad_()]
+        block = part.blocks.start + index
+        entered, leaves = hidden.detach().requires_grad_(), dict[str, Tensor]()
+        adapter = part.adapter.get(block)
+        if adapter is not None:
+            factors = {path: (_leaf(a), _leaf(b)) for path, (a, b) in adapter.factors.items()}
+            adapter = BlockAdapter(factors)
+            leaves = adapter.tensors
         if part.prompts:
-            leaves.append(part.prompts[index].detach().requires_grad_())
+            leaves[_PROMPTS] = _leaf(part.prompts[index])
         seen, size = set(self._weights), 0
 
         def note(tensor: Tensor) -> Tensor:
@@ -191,8 +220,16 @@ class SpanTraining:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
-            prompts = leaves[1] if part.prompts else None
-            output = self._compute(part, index, leaves[0], prompts)
+            output = self._compute(part, block, entered, leaves.get(_PROMPTS), adapter)
         rows, tokens, _ = hidden.shape
         self._linear = max(1.0, size / (rows * tokens) - self._square * tokens)
-        return _Graph(leaves, output), size
+        return _Graph(entered, leaves, output), size
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _some(batch: Batch) -> Sequence[int]:
+    """Blocks with prompts."""
+    return () if batch.prompts is None else range(batch.blocks.start, batch.blocks.end)

@@ -27,6 +27,7 @@ from swarm.messages import (
     Info,
     InfoRequest,
     Inherit,
+    Lend,
     Load,
     Message,
     Open,
@@ -44,6 +45,7 @@ from swarm.server.memory import Admission
 from swarm.server.pusher import Pusher, Resolve
 from swarm.server.session import Counters, Guest, House, Session
 from swarm.server.training import TrainingDesk
+from swarm.server.training_loans import LoanDesk
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Stream, Transport
 from swarm.types import BlockRange, ModelId, Numerics
@@ -89,7 +91,8 @@ class Handler:
         self.store, self.meters = span.store, executor.meters
         identity = served.access.identity
         self.meters.tags = {"swarm.peer_id": identity.peer_id, "swarm.blocks": str(span.blocks)}
-        self._training = TrainingDesk(span, executor, limits, self.load)
+        self._loans = LoanDesk(span, limits, lambda: executor.run_soon(span.patches.forget))
+        self._training = TrainingDesk(span, executor, limits, self._loans, self.load)
         self.draining = False
 
     def load(self) -> Load:
@@ -133,6 +136,8 @@ class Handler:
             first = await self._first(stream)
             if isinstance(first, Train):
                 return await self._training.serve(stream, first, self._check(first))
+            if isinstance(first, Lend):
+                return await self._loans.serve(stream, first, self._check(first))
             conversation = Conversation(SESSION)
             opening = conversation.receive(first)
             assert isinstance(opening, Open)
@@ -145,10 +150,11 @@ class Handler:
             try:
                 if not admitted:
                     await self._turn(opening.session_id)
-                session = self._make(opening, client, cache)
-                self._sessions[opening.session_id] = (opening.ticket, session)
-                self.counters.sessions += 1
-                await session.serve(stream, conversation, self._opened(opening))
+                with self._loans.borrowed(client, opening.session_id) as cache.adapter:
+                    session = self._make(opening, client, cache)
+                    self._sessions[opening.session_id] = (opening.ticket, session)
+                    self.counters.sessions += 1
+                    await session.serve(stream, conversation, self._opened(opening))
             finally:
                 self._sessions.pop(opening.session_id, None)
                 self._executor.run_soon(cache.release)
@@ -208,6 +214,7 @@ class Handler:
         counters, store = self.counts(), self._span.store
         counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
         counters |= {"trained": self._training.served, "training": len(self._training)}
+        counters |= {"adapter_bytes": self._loans.kept_bytes}
         counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
         counters |= {"uptime_seconds": int(time.monotonic() - self._served.since)}
         return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
@@ -257,7 +264,7 @@ class Handler:
         except AuthenticationError as error:
             raise RemoteProtocolError(ErrorCode.UNAUTHORIZED, str(error)) from error
 
-    def _check(self, opening: Open | Train) -> str:
+    def _check(self, opening: Open | Train | Lend) -> str:
         """The client's peer id. Raises RemoteProtocolError."""
         agree_on_version(opening)
         client = self._authenticate(opening.session_id, opening.credentials)

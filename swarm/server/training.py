@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from math import prod
 
 from torch import Tensor
@@ -15,12 +16,14 @@ from torch import Tensor
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
 from swarm.messages import MAX_BATCH, MAX_TOKENS, Load, Message, Opened, Piece, Train, Trained
+from swarm.models.adapters import Adapter
 from swarm.models.spans import Span
 from swarm.models.training import Batch, SpanTraining
 from swarm.pieces import Gathering, in_pieces
 from swarm.protocol import INPUTS, PLANES, TRAINING, Conversation, agree_on_version
 from swarm.server.executor import Executor
 from swarm.server.memory import Admission
+from swarm.server.training_loans import LoanDesk
 from swarm.tensors import DTYPE_NAMES, check_positions
 from swarm.transport import Stream
 from swarm.types import BlockRange
@@ -31,8 +34,14 @@ class TrainingDesk:
     """What a handler does with streams that begin with `train`."""
 
     def __init__(
-        self, span: Span, executor: Executor, limits: ServerLimits, load: Callable[[], Load]
+        self,
+        span: Span,
+        executor: Executor,
+        limits: ServerLimits,
+        loans: LoanDesk,
+        load: Callable[[], Load],
     ) -> None:
+        self._loans = loans
         self._span = span
         self._executor = executor
         self._limits = limits
@@ -52,32 +61,45 @@ class TrainingDesk:
         conversation.receive(request)
         needed = self._check(request)
         async with self._room(request.session_id, client, needed):
-            await self._send(
-                stream,
-                Opened(
-                    protocol=agree_on_version(request),
-                    window=self._limits.window,
-                    max_step_tokens=self._limits.max_step_tokens,
-                    load=self._load(),
-                ),
-            )
-            batch = await self._gather(stream, conversation, request)
-            clock = asyncio.get_running_loop().time
-            begin = clock()
-            try:
-                async with asyncio.timeout(request.deadline_ms / 1000):
-                    result = await self._executor.train(
-                        client, lambda width: self._work.run(batch, width)
+            with self._loans.borrowed(client, request.loan or b"") as adapter:
+                if adapter is None and request.loan is not None:
+                    raise RemoteProtocolError(
+                        ErrorCode.UNKNOWN_SESSION, "these adapters are not lent here now"
                     )
-            except TimeoutError:
-                raise RemoteProtocolError(
-                    ErrorCode.DEADLINE, f"not computed within {request.deadline_ms} ms"
-                ) from None
-            for piece in in_pieces(result, request.codec):
-                await self._send(stream, piece)
-            self.served += 1
-            elapsed = 1e3 * (clock() - begin)
-            await self._send(stream, Trained(compute_ms=elapsed, load=self._load()))
+                await self._answer(stream, conversation, request, client, adapter or {})
+
+    async def _answer(
+        self,
+        stream: Stream,
+        conversation: Conversation,
+        request: Train,
+        client: str,
+        adapter: Adapter,
+    ) -> None:
+        opened = Opened(
+            protocol=agree_on_version(request),
+            window=self._limits.window,
+            max_step_tokens=self._limits.max_step_tokens,
+            load=self._load(),
+        )
+        await self._send(stream, opened)
+        batch = replace(await self._gather(stream, conversation, request), adapter=adapter)
+        clock = asyncio.get_running_loop().time
+        begin = clock()
+        try:
+            async with asyncio.timeout(request.deadline_ms / 1000):
+                result = await self._executor.train(
+                    client, lambda width: self._work.run(batch, width)
+                )
+        except TimeoutError:
+            raise RemoteProtocolError(
+                ErrorCode.DEADLINE, f"not computed within {request.deadline_ms} ms"
+            ) from None
+        for piece in in_pieces(result, request.codec):
+            await self._send(stream, piece)
+        self.served += 1
+        elapsed = 1e3 * (clock() - begin)
+        await self._send(stream, Trained(compute_ms=elapsed, load=self._load()))
 
     def _check(self, request: Train) -> int:
         """Bytes that it will take here. Raises RemoteProtocolError."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from swarm.client.remote import RemoteCache
 from swarm.config import ServerLimits
 from swarm.errors import NoRoute, UsageError
 from swarm.fakes import Fate
-from swarm.messages import Message, Piece, Train
+from swarm.messages import Message, Train
 from tests.client.pairs import Pair, prompt
 from tests.client.twins import WHOLE, House
 from tests.inprocess import STEADY, Server
@@ -68,57 +67,6 @@ def test_gradients_are_those_of_one_machine(family: str) -> None:
             agree(got, expected) for got, expected in zip(results[1], results[0], strict=True)
         )
         pair.swarm.assert_quiet()
-
-
-def test_fifty_steps_of_training_while_servers_die_give_the_same_curve() -> None:
-    """One server after the other dies, before or while it computes, and comes back."""
-    pair, rng = Pair("llama", seed=5, replicas=2), random.Random(5)
-    curves: list[list[float]] = []
-    deaths = 0
-    with pair.swarm:
-        for model in (pair.local, pair.model):
-            optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
-            losses: list[float] = []
-            for step in range(50):
-                if model is pair.model and step % 3 == 1:
-                    deaths += 1
-                    die_at(pair, rng.randrange(1, 20))
-                optimizer.zero_grad()
-                loss = model(
-                    **texts(rows=3, tokens=43 if step % 5 == 0 else 14, seed=step % 4)
-                ).loss
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-                revive_all(pair)
-            curves.append(losses)
-        assert len(pair.swarm.router.failures) >= deaths // 2
-    local, remote = map(torch.tensor, curves)
-    assert local[-1] < 0.6 * local[0]
-    assert (remote - local).abs().max() < 1e-3
-
-
-def die_at(pair: Pair, frame: int) -> None:
-    """Whoever the `frame`-th frame of training is for, or from, dies before that arrives."""
-    seen = 0
-
-    def fits(source: str, destination: str, method: str, message: Message) -> bool:
-        nonlocal seen
-        seen += isinstance(message, Train | Piece)
-        return seen == frame and isinstance(message, Train | Piece)
-
-    async def act() -> Fate | None:
-        victim = random.Random(frame).choice(pair.swarm.servers)
-        pair.swarm.network.cut(victim.endpoint)
-        return None
-
-    pair.swarm.trap(fits, act)
-
-
-def revive_all(pair: Pair) -> None:
-    pair.swarm.no_trap()
-    for server in pair.swarm.servers:
-        pair.swarm.revive(server)
 
 
 def served(*servers: Server) -> list[int]:

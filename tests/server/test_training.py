@@ -11,7 +11,8 @@ import torch
 
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode
-from swarm.messages import Message, Opened, Piece, Refused, TensorSpec, Train, Trained
+from swarm.messages import Message, Opened, Piece, Refused, Train, Trained
+from swarm.messages_training import TensorSpec
 from swarm.models.spans import Span
 from swarm.models.training import Batch as SpanBatch
 from swarm.models.training import SpanTraining, Units

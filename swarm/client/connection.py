@@ -1,0 +1,65 @@
+"""What all sessions and all training of one model share."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from swarm.client.hop import Terms
+from swarm.client.pace import Pace
+from swarm.client.route import Router
+from swarm.client.session import RemoteSession
+from swarm.client.training import Market, TrainingClient
+from swarm.client.training_hop import Post
+from swarm.client.training_loans import Bundles, LendingTransport, Loans
+from swarm.client.training_plan import Workers
+from swarm.config import ClientConfig
+from swarm.identity import Access
+from swarm.loop import BackgroundLoop
+from swarm.transport import Transport
+from swarm.types import BlockRange
+
+
+class Dispatcher(Router, Market, Protocol):
+    """Where sessions go, and what is trained with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What all sessions of one model share; `router`'s methods are called on the loop only."""
+
+    terms: Terms  # of a session with one row and one position
+    router: Dispatcher
+    transport: Transport
+    access: Access
+    config: ClientConfig
+    pace: Pace = field(default_factory=Pace)
+    workers: Workers = field(default_factory=Workers)  # who train for us
+    loans: Loans = field(default_factory=Loans)  # of our adapters to them
+
+    @property
+    def loop(self) -> BackgroundLoop:
+        return BackgroundLoop.shared()
+
+    @property
+    def training(self) -> TrainingClient:
+        post = Post(self.terms, self.transport, self.access, self.config)
+        return TrainingClient(post, self.router, self.workers, self.loans)
+
+    def open(
+        self, blocks: BlockRange, batch_size: int, max_length: int, bundles: Bundles | None = None
+    ) -> RemoteSession:
+        """A session; with `bundles` these adapters are lent to whoever serves it."""
+        terms = replace(
+            self.terms,
+            batch_size=batch_size,
+            max_length=max_length,
+            trace_id=secrets.token_hex(8),
+        )
+        transport = self.transport
+        if bundles is not None:
+            transport = LendingTransport(self.training.lender, bundles)
+        return RemoteSession(
+            blocks, terms, self.router, transport, self.access, self.config, self.pace
+        )

@@ -1,0 +1,100 @@
+"""LoRA adapters of PEFT on a shell, as what travels: their factors, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from swarm.client.training_loans import Bundles
+from swarm.errors import UsageError
+from swarm.models.adapters import MAX_RANK, BlockAdapter, Factors, to_bundle
+from swarm.models.adapters_shell import blocks_of
+
+Live = Mapping[int, BlockAdapter]
+"""Factors by block, through which gradients find back to the parameters of PEFT."""
+
+
+class ShellAdapters:
+    """What PEFT has put around the phantoms of a shell, as far as it is active."""
+
+    def __init__(self, shell: PreTrainedModel) -> None:
+        self._blocks = blocks_of(shell)
+        self._versions: list[tuple[int, int]] = []
+        self._kept: list[Tensor] = []  # so that an id stays somebody's
+        self._bundles: Bundles | None = None
+
+    def live(self) -> Live:
+        """Raises UsageError for what servers cannot do."""
+        found: dict[int, BlockAdapter] = {}
+        for index, block in enumerate(self._blocks):
+            factors = {path: _factors(path, layer) for path, layer in _layers(block)}
+            active = {path: pair for path, pair in factors.items() if pair is not None}
+            if active:
+                found[index] = BlockAdapter(active)
+        return found
+
+    def bundles(self, live: Live) -> Bundles:
+        """The bytes of what `live` gave. Raises UsageError for numbers that are not finite."""
+        layers = [layer for block in self._blocks for _, layer in _layers(block)]
+        weights = [weight for layer in layers for weight in _weights(layer)]
+        versions = [(id(weight), weight._version) for weight in weights]
+        scales = [tuple(layer.scaling.items()) for layer in layers]
+        active = [(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers]
+        now: list[Any] = [versions, scales, active]
+        if self._bundles is None or now != self._versions:
+            self._bundles = Bundles.of({block: _bytes(block, own) for block, own in live.items()})
+            self._versions, self._kept = now, weights
+        return self._bundles
+
+
+def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers, known by what they have: importing PEFT takes long."""
+    for path, module in block.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
+            yield path, module
+
+
+def _weights(layer: Any) -> Iterator[Tensor]:
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            yield layer.lora_A[name].weight
+            yield layer.lora_B[name].weight
+
+
+def _factors(path: str, layer: Any) -> Factors | None:
+    """Of all active adapters together."""
+    downs: list[Tensor] = []
+    ups: list[Tensor] = []
+    if layer.disable_adapters:
+        return None
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if layer.lora_variant.get(name) is not None or layer.lora_bias.get(name):
+            raise UsageError(f"{path}: servers know plain LoRA only, no DoRA, no lora_bias")
+        if layer.training and isinstance(layer.lora_dropout[name], nn.Dropout):
+            raise UsageError(f"{path}: there is no dropout in remote blocks: set lora_dropout=0")
+        downs.append(layer.lora_A[name].weight)
+        scale, up = layer.scaling[name], layer.lora_B[name].weight
+        ups.append(up if scale == 1 else up * scale)
+    if not downs:
+        return None
+    many = len(downs) > 1
+    down, up = (torch.cat(downs), torch.cat(ups, 1)) if many else (downs[0], ups[0])
+    if down.shape[0] > MAX_RANK:
+        raise UsageError(f"{path}: a rank of {down.shape[0]}; servers take at most {MAX_RANK}")
+    return down, up
+
+
+def _bytes(block: int, adapter: BlockAdapter) -> bytes:
+    tensors = {
+        path: (down.detach().cpu(), up.detach().cpu())
+        for path, (down, up) in adapter.factors.items()
+    }
+    if not all(bool(part.isfinite().all()) for pair in tensors.values() for part in pair):
+        raise UsageError(f"the adapter of block {block} has numbers that are not finite")
+    return to_bundle(BlockAdapter(tensors))
