@@ -17,6 +17,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from rich.console import Console
@@ -217,14 +218,17 @@ def demo(*arguments: str, **environment: str) -> Generator[subprocess.Popen[str]
 
 
 def test_the_demo_survives_is_exact_and_stays_if_asked() -> None:
-    """Also with the key of a private swarm in the environment."""
+    """Also with the key of a private swarm in the environment, and while somebody watches."""
     key = SwarmKey.generate().text()
-    with demo("--tokens", "24", "--seed", "3", "--keep", SWARM_KEY=key) as process:
+    with demo("--tokens", "24", "--seed", "3", "--keep", "--monitor", SWARM_KEY=key) as process:
         assert process.stdout is not None
         lines: list[str] = []
         while not lines or lines[-1].strip() != "swarm chat":
             lines.append(process.stdout.readline().rstrip("\n"))
             assert lines[-1], process.communicate()
+        link = next(line.split()[-1] for line in lines if line.startswith("watch it at "))
+        with urlopen(f"{link}/healthz", timeout=20) as answer:  # noqa: S310  # it is http
+            assert answer.status == 200
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=30)
     assert (process.returncode, rest, errors) == (0, "", "")

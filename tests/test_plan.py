@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.plan import GB, GPUS, HOURS, Assumptions, Block, Machine, Wish, capacity, offer
@@ -41,6 +41,7 @@ wishes = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(blocks, machines, wishes)
 def test_what_is_offered_holds_everything_and_fits(
     model: list[Block], machine: Machine, wish: Wish
@@ -62,6 +63,7 @@ def test_what_is_offered_holds_everything_and_fits(
     assert found.free_tokens >= 0
 
 
+@settings(max_examples=40)
 @given(blocks, machines, wishes, st.integers(0, 100 * GB), st.floats(1, 4))
 def test_more_memory_and_a_quicker_one_never_hurt(
     model: list[Block], machine: Machine, wish: Wish, more: int, faster: float
@@ -78,6 +80,7 @@ def test_more_memory_and_a_quicker_one_never_hurt(
     assert quick.together >= found.together * (1 - 1e-9)
 
 
+@settings(max_examples=40)
 @given(blocks, machines, wishes)
 def test_a_longer_way_takes_longer(model: list[Block], machine: Machine, wish: Wish) -> None:
     near, far = (offer(model, machine, replace(wish, rtt=r), ASSUMED) for r in (0.0, 0.1))
@@ -87,6 +90,7 @@ def test_a_longer_way_takes_longer(model: list[Block], machine: Machine, wish: W
     assert 1 / far.alone == pytest.approx(1 / near.alone + ways)
 
 
+@settings(max_examples=40)
 @given(blocks, machines, st.integers(1, 50), st.integers(1, 4))
 def test_more_sessions_on_the_same_machines_give_no_less(
     model: list[Block], machine: Machine, sessions: int, factor: int
@@ -99,6 +103,7 @@ def test_more_sessions_on_the_same_machines_give_no_less(
     assert other.together <= one.together * factor * (1 + 1e-9)
 
 
+@settings(max_examples=40)
 @given(blocks, machines, wishes)
 def test_money_adds_up(model: list[Block], machine: Machine, wish: Wish) -> None:
     found = offer(model, machine, wish, ASSUMED)
