@@ -76,12 +76,8 @@ def spec(tensor: TensorFrame) -> TensorSpec:
     return TensorSpec(dtype=tensor.dtype, shape=tensor.shape)
 
 
-bundles = st.builds(
-    BundleSpec,
-    block=blocks,
-    digest=st.binary(min_size=32, max_size=32),
-    size=st.integers(1, 1 << 30),
-)
+digests = st.binary(min_size=32, max_size=32)
+bundles = st.builds(BundleSpec, block=blocks, digest=digests, size=st.integers(1, 1 << 30))
 targets = st.builds(PushTarget, record=records, session_id=ids, ticket=ids)
 credentials = st.builds(
     Credentials,
