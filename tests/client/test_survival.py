@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from swarm.client import route
 from swarm.errors import CannotRewind
 from swarm.fakes import Fate
 from swarm.messages import Message, Output, Step
@@ -256,3 +257,27 @@ def test_what_cannot_be_rewound_is_replayed_and_nobody_is_blamed() -> None:
         twin.step()
         twin.step()
         assert not house.swarm.router.failures
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_who_opens_no_session_in_time_is_passed_over(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a text, if it is known how far they are; else they may just be far."""
+    monkeypatch.setattr(route, "_OPENING", 0.05)
+    with House(spans=THIRDS * 3) as house:
+        timeouts = replace(STEADY, connect=1.0)
+        with house.twin(timeouts=timeouts) as twin:
+            twin.step(5)
+            frozen = house.servers[4]  # the fake router takes them in order
+            assert twin.serving(1) is house.servers[1]
+            if known:
+                house.swarm.router.rtts = {s.peer_id: 0.0 for s in house.servers}
+            house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
+            twin.kill(1)
+            twin.step()
+            assert twin.serving(1) is house.servers[7]
+            peer_id, why = house.swarm.router.failures[-1]
+            assert peer_id == frozen.peer_id
+            assert f"within {0.05 if known else 1.0:g} s" in str(why)
+            house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)
