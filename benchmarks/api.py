@@ -7,16 +7,25 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
+from threading import Thread
 from typing import Any
 
 import httpx
 import torch
+from transformers import AutoTokenizer
 
-from benchmarks.figures import NoFigure, at_least, at_most, quartiles
+from benchmarks.figures import NoFigure, at_least, at_most
 from benchmarks.lab import Lab
+from swarm.api.app import Api
+from swarm.api.engine import Engine
+from swarm.api.keys import Keyring
+from swarm.listening import running
+from swarm.models.demo import DEMO_MODEL
 
 NAME = "demo"  # also what its folder is called, and so the model
 SPANS = ("0:8", "8:16", "16:24")
@@ -25,33 +34,80 @@ STREAMS = 64
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """One stream as its reader saw it: seconds from first to last token, and since it asked."""
+    """One stream as its reader saw it."""
 
     tokens: int
-    flowing: float
-    whole: float
+    seconds: float
 
-    @property
-    def ms(self) -> float:
-        """Per token."""
-        return 1e3 * self.flowing / (self.tokens - 1)
+
+class _Noting:
+    """A model whose streams note when the API has each token: that is what Python would have."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.times: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def stream(self, *arguments: Any, **options: Any) -> Any:
+        return _NotingStream(self._model.stream(*arguments, **options), self.times)
+
+
+class _NotingStream:
+    def __init__(self, stream: Any, times: list[float]) -> None:
+        self._stream, self._times = stream, times
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    async def __aiter__(self) -> AsyncGenerator[Any]:
+        async for token in self._stream:
+            self._times.append(time.monotonic())
+            yield token
 
 
 def measure(lab: Lab) -> None:
     model, prompts = lab.remote(NAME, SPANS), lab.prompts(NAME, STREAMS)
-    with _api(lab) as url:
+    _delay(lab, model)
+    with _process(lab) as url:
         asyncio.run(_through_api(url, prompts[:1], 4))  # dials, and warms up
-        added, ours, theirs = list[float](), list[float](), list[float]()
-        for run in range(lab.runs):
-            prompt = prompts[run : run + 1]
-            theirs.append(asyncio.run(_directly(model, prompt, lab.tokens))[0].ms)
-            ours.append(asyncio.run(_through_api(url, prompt, lab.tokens))[0].ms)
-            added.append(ours[-1] - theirs[-1])
-            lab.say("added ms per token", run, added[-1])
-        lab.note("a token from Python", "ms", theirs)
-        lab.note("a token from swarm-api", "ms", ours)
-        lab.note("what HTTP adds to a token", "ms", added, at_most(1))
         _together(lab, url, model, prompts)
+
+
+def _delay(lab: Lab, model: Any) -> None:
+    """From where a Python program has a token to where a reader of HTTP has it, elsewhere."""
+    noting, delays = _Noting(model), list[float]()
+    with _thread(Engine(NAME, noting, AutoTokenizer.from_pretrained(DEMO_MODEL), 1024)) as url:
+        for run in range(lab.runs):
+            noting.times.clear()
+            command = [sys.executable, "-m", "benchmarks.reader", url, NAME, str(lab.tokens)]
+            said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            read = json.loads(said)
+            pairs = zip(noting.times, read, strict=False)  # the end of a text has no event
+            delays.append(median(1e3 * (there - here) for here, there in pairs))
+            lab.say("ms that HTTP adds to a token", run, delays[-1])
+    lab.note("what HTTP adds to a token", "ms", delays, at_most(1))
+
+
+@contextmanager
+def _thread(engine: Engine) -> Generator[str]:
+    """The API in this process."""
+    begun, ended, loop = Future[str](), asyncio.Event(), asyncio.new_event_loop()
+
+    async def serve() -> None:
+        async with running(Api({NAME: engine}, Keyring()).app, "127.0.0.1", 0) as url:
+            begun.set_result(url)
+            await ended.wait()
+
+    thread = Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    try:
+        yield begun.result(30)
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+        loop.close()
 
 
 def _together(lab: Lab, url: str, model: Any, prompts: torch.Tensor) -> None:
@@ -63,8 +119,8 @@ def _together(lab: Lab, url: str, model: Any, prompts: torch.Tensor) -> None:
         begun = time.perf_counter()
         heard = asyncio.run(_through_api(url, prompts, lab.tokens))
         rates.append(sum(one.tokens for one in heard) / (time.perf_counter() - begun))
-        speeds = [one.tokens / one.whole for one in heard]
-        shares.append(min(speeds) / quartiles(speeds)[1])
+        speeds = [one.tokens / one.seconds for one in heard]
+        shares.append(min(speeds) / median(speeds))
         lab.say(f"slowest of {STREAMS} / median", run, shares[-1])
     lab.note(f"{STREAMS} streams from Python", "tok/s", direct)
     lab.note(f"{STREAMS} streams from swarm-api", "tok/s", rates)
@@ -72,7 +128,7 @@ def _together(lab: Lab, url: str, model: Any, prompts: torch.Tensor) -> None:
 
 
 @contextmanager
-def _api(lab: Lab) -> Generator[str]:
+def _process(lab: Lab) -> Generator[str]:
     """A process of its own, as people start it; its address."""
     model, peers = str(lab.path(NAME)), lab.swarm(NAME, SPANS).peers
     command = [sys.executable, "-m", "swarm", "api", model, "--port", "0", "--peers", *peers]
@@ -126,4 +182,4 @@ async def _through_api(url: str, prompts: torch.Tensor, tokens: int) -> list[Hea
 def _heard(asked: float, times: list[float], tokens: int) -> Heard:
     if len(times) < tokens // 2:  # the model may end a text, but not all that early
         raise NoFigure(f"a stream gave {len(times)} of {tokens} tokens")
-    return Heard(len(times), times[-1] - times[0], times[-1] - asked)
+    return Heard(len(times), times[-1] - asked)

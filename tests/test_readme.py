@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from swarm.cli import main
+from swarm.cli.api import api_parser
 from swarm.cli.monitor import monitor_parser
 from swarm.cli.serve import dht_parser, server_parser
 from swarm.errors import CheckpointError
@@ -42,7 +43,10 @@ def test_every_command_is_there() -> None:
     names = {words[0] for words in commands()}
     assert {"scripts/demo", "scripts/test", "scripts/check", "swarm-server", "swarm-dht"} <= names
     for name in names:
-        assert name in ("swarm", "swarm-server", "swarm-dht", "swarm-monitor") or (ROOT / name).is_file()
+        assert (
+            name in ("swarm", "swarm-server", "swarm-dht", "swarm-monitor", "swarm-api")
+            or (ROOT / name).is_file()
+        )
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -52,6 +56,8 @@ def test_commands_parse(words: list[str]) -> None:
             server_parser().parse_args(words[1:])
         case "swarm-dht":
             dht_parser().parse_args(words[1:])
+        case "swarm-api":
+            api_parser().parse_args(words[1:])
         case "swarm-monitor":
             monitor_parser().parse_args(words[1:])
         case "swarm":

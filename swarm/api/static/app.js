@@ -261,7 +261,7 @@ function describeModel() {
     trouble(`Nobody serves blocks ${ours.missing_blocks.join(', ')} of this model now: answers have to wait for that.`);
   }
   $('ask').placeholder = plain ? 'Begin a text, and it goes on' : 'Say something';
-  $('welcome-note').textContent = 'No single computer here holds this model. Each of several serves a few of its layers, '
+  $('welcome-note').textContent = 'This model is spread over machines of volunteers. Each serves some of its layers, '
     + 'and every word you read has passed through all of them.'
     + (plain ? ' This one was never taught to chat: it goes on with what you begin.' : '');
   $('starters').replaceChildren(...(ours ? STARTERS[plain ? 'plain' : 'chat'] : []).map((text) => {
@@ -305,6 +305,7 @@ function takeParameters() {
 function drawer(open) {
   document.body.toggleAttribute('data-drawer', open);
   $('open-drawer').setAttribute('aria-expanded', String(open));
+  $('room').inert = open;
   (open ? $('close-drawer') : $('open-drawer')).focus();
 }
 
@@ -387,6 +388,7 @@ function listen() {
   });
 }
 
+addEventListener('pagehide', () => writing && store.save(now));
 theme(store.readTheme());
 sending(false);
 listen();

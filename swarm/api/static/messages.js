@@ -100,7 +100,7 @@ export class Message {
     if (message.tokens) {
       const pace = message.tokens > 1 && message.ms ? `, ${(1000 * (message.tokens - 1) / message.ms).toFixed(1)} tokens/s` : '';
       const servers = message.servers?.length ? ` · ${message.servers.length} server${message.servers.length > 1 ? 's' : ''}` : '';
-      const why = { length: ' · stopped at the longest answer', cut: ' · you stopped it' }[message.finish] ?? '';
+      const why = { length: ' · reached the longest answer allowed', cut: ' · you stopped it' }[message.finish] ?? '';
       tools.push(element('span', 'figures', `${message.tokens} tokens${pace}${message.ms ? ` · ${seconds(message.ms)}` : ''}${servers}${why}`));
       if (message.servers) tools.at(-1).title = message.servers.map((one) => `${one.blocks}  ${one.name}  ${one.peer}`).join('\n');
     }

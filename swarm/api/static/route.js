@@ -28,7 +28,10 @@ function piece(leg, state) {
   item.dataset.state = state;
   item.title = `${nameOf(leg)}: blocks ${leg.blocks}\npeer ${leg.peer}`;
   name.textContent = nameOf(leg);
-  blocks.textContent = `${{ lost: 'lost:', new: 'took over' }[state] ?? 'blocks'} ${leg.blocks}`;
+  const word = document.createElement('span'); // left out where there is no room for it
+  word.className = 'word';
+  word.textContent = { lost: 'lost: ', new: 'took over ' }[state] ?? 'blocks ';
+  blocks.append(word, leg.blocks);
   item.append(name, blocks);
   return item;
 }
