@@ -79,6 +79,11 @@ def api_parser() -> Parser:
         metavar="ORIGIN",
         help="a web site whose pages may ask, such as https://chat.example (default: none)",
     )
+    _add_limits(parser)
+    return parser
+
+
+def _add_limits(parser: Parser) -> None:
     limits = parser.add_argument_group("limits")
     for name, most, default, what in (
         ("streams", 4096, 128, "texts that are written at a time"),
@@ -100,7 +105,6 @@ def api_parser() -> Parser:
         default=memory("2MiB"),
         help="of a request (default: 2MiB)",
     )
-    return parser
 
 
 def api(argv: Sequence[str]) -> int:
