@@ -17,7 +17,7 @@ MAX_BITS = 16
 MAX_ON_PAGE = 256  # records that a node keeps of one page: who floods it gets no further
 MAX_BUCKETS = 16  # of a model
 LEAST_BLOCKS = 8  # in a bucket
-_SPLIT, _MERGE = 48, 12  # records on a page: more are cut in two, fewer laid together
+_SPLIT, _MERGE = 32, 12  # records on a page: more are cut in two, fewer laid together
 _HOPS_BACK = 2  # a server writes two sizes next to each other, so that no step leads past them
 
 

@@ -38,6 +38,7 @@ class Crowd:
             bucket.settle(rng)
             for name, bits in bucket.bits.items():
                 self.put(name, chosen[name], bits)
+            self.last = bucket
 
     def put(self, name: str, blocks: BlockRange, bits: int) -> None:
         fields = {"num_blocks": BLOCKS, "page_bits": bits, "announced_at": int(NOW * 1000)}
@@ -76,7 +77,10 @@ def test_a_client_reads_a_part_and_sees_holders_of_every_block(
 
 def test_a_block_that_only_one_server_holds_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     crowd = Crowd(monkeypatch, last=BLOCKS - 1)
-    crowd.put("rare", BlockRange(28, BLOCKS), 3)
+    crowd.last.write("rare", 0)
+    for _ in range(12):
+        crowd.last.survey(["rare"], random.Random(2))
+    crowd.put("rare", BlockRange(28, BLOCKS), crowd.last.bits["rare"])
     for seed in range(5):
         view, pages = crowd.look(crowd.reader(seed))
         assert pages <= 4 * 16
