@@ -40,12 +40,14 @@ def _run(program: str, command: Sequence[str], argv: Sequence[str] | None) -> in
     """The exit status, with what people should know on stderr, never a traceback."""
     try:
         from swarm.cli.main import dispatch
+        from swarm.cli.screen import plain
         from swarm.errors import SwarmError, UsageError
 
         try:
             return dispatch([*command, *(sys.argv[1:] if argv is None else argv)])
         except SwarmError as error:
-            print(f"{program}: {error}", file=sys.stderr)
+            said = plain(str(error), 10_000, lines=True)  # perhaps in a stranger's words
+            print(f"{program}: {said}", file=sys.stderr)
             return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return INTERRUPTED

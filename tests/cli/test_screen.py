@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
+from importlib import import_module
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.cli import main
 from swarm.cli.screen import bar, plain
+from swarm.errors import SwarmError
 
 EVIL = [
     "\x1b[2J\x1b[H",  # clears the screen
@@ -67,3 +70,14 @@ def test_a_bar_is_as_wide_as_it_should_be(share: float, width: int) -> None:
 
 def test_bars() -> None:
     assert (bar(0, 4), bar(0.5, 4), bar(1, 4), bar(0.03125, 4)) == ("    ", "██  ", "████", "▏   ")
+
+
+def test_what_a_server_answers_reaches_the_screen_as_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> int:
+        raise SwarmError("refused: \x1b[2J\u202eyou [busy]")
+
+    monkeypatch.setattr(import_module("swarm.cli.main"), "dispatch", refuse)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "swarm: refused: \ufffd[2J\ufffdyou [busy]\n"
