@@ -256,15 +256,18 @@ class Route:
         if held != leaving.position:
             raise PeerUnavailable(f"{leaving} handed over {held} of {leaving.position} positions")
         hop.last_step = leaving.last_step
-        await hop.redirect(leaving.pushes_to, epoch, self._timeouts.sync)
-        await hop.sync(epoch, self._timeouts.sync)
+        hop.point_to(leaving.pushes_to)
+        at, patience = self.hops.index(leaving), self._timeouts.sync
+        before = self.hops[max(0, at - 1) : at]
+        for pusher in before:
+            pusher.point_to(hop.target)
+        await asyncio.gather(*(each.sync(epoch, patience) for each in (hop, *before)))
         if not hop.alive or hop.position != leaving.position:
+            for pusher in before:
+                await pusher.redirect(leaving.target, epoch, patience)
             why = f": {hop.failure}" if hop.failure else ""
             raise PeerUnavailable(f"{hop} did not inherit everything{why}")
-        at = self.hops.index(leaving)
         self.hops[at] = hop
-        if at:
-            await self.hops[at - 1].redirect(hop.target, epoch, self._timeouts.sync)
         await leaving.close()
 
     def suspect(self, owing: Container[Hop], flowing: bool, silence: Silent) -> None:

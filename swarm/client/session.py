@@ -204,7 +204,7 @@ class RemoteSession:
         disasters, begun, give_up, replaced = 0, clock(), clock() + patience, self.recoveries
         self._patience.begin(pending)
         while disasters < _ATTEMPTS + len(self.hops):  # each may have to say: it cannot rewind
-            whole = self._trouble is None
+            whole = self._trouble is None and all(hop.alive for hop in self.hops)
             try:
                 if not whole:
                     self.log.noticed(clock())
