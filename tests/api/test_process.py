@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ TEXT = "And it came to pass in those days, that"
 
 
 @contextmanager
-def api_of(swarm: LocalSwarm) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def api_of(swarm: LocalSwarm) -> Generator[tuple[str, subprocess.Popen[str]]]:
     command = [sys.executable, "-m", "swarm", "api", "--port", "0", "--peers", *swarm.peers]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -39,7 +40,7 @@ def reference(tokens: int) -> str:
 
     from swarm.models.demo import DEMO_MODEL
 
-    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     ids = tokenizer()(TEXT, return_tensors="pt").input_ids
     whole = model.generate(ids, do_sample=False, max_new_tokens=tokens)
     return tokenizer().decode(whole[0, ids.shape[1] :])
