@@ -128,6 +128,8 @@ class Load:
             kind = dice.choice(self.kinds)
             try:
                 kind(dice)
+            except NoFigure as error:
+                raise NoFigure(f"{kind.__name__}: {error}") from error
             except SwarmError as error:  # counted, and shown: nobody should see one
                 self.failed[f"{kind.__name__}: {type(error).__name__}: {error}"[:200]] += 1
             self.done[kind.__name__] += 1
