@@ -20,6 +20,8 @@ from swarm.client.sampling import Token
 from swarm.models.families import text_config
 from swarm.web import HttpProblem
 
+_CHARACTERS = 4  # per token, about: longer texts are looked at in parts first
+_AT_A_CUT = 16  # tokens more than in the whole, at most, where a text is cut in two
 _TOKENIZING = 2  # threads: of any number of requests, so many prompts are read at a time
 
 
@@ -82,7 +84,12 @@ class Engine:
     async def read_text(self, prompt: str | Sequence[int], asked: Asked, param: str) -> Prompt:
         """Raises HttpProblem if it is too long, or holds no such tokens."""
         if isinstance(prompt, str):
-            ids = await self._in_thread(lambda: self._tokenizer(prompt).input_ids)
+
+            def tokenize() -> list[int]:
+                self._check_length(prompt, param)
+                return self._tokenizer(prompt).input_ids
+
+            ids = await self._in_thread(tokenize)
         else:
             ids = list(prompt)
             self._check_ids(ids, param)
@@ -92,6 +99,7 @@ class Engine:
         """The model's own template, or without one all texts in a row. Raises HttpProblem."""
 
         def tokenize() -> list[int]:
+            self._check_length("".join(message.text for message in messages), "messages")
             if not self.has_template:
                 return self._tokenizer(plain_chat(messages)).input_ids
             turns = [{"role": message.role, "content": message.text} for message in messages]
@@ -142,6 +150,27 @@ class Engine:
             options["logits_processor"] = LogitsProcessorList([penalties])
         return options
 
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what is far too long without reading all of it: a megabyte without a blank takes
+        some tokenizers many seconds."""
+        count, part = 0, _CHARACTERS * self.context
+        if len(text) <= part:
+            return
+        for start in range(0, len(text), part):
+            piece = self._tokenizer(text[start : start + part], add_special_tokens=False)
+            count += len(piece.input_ids) - _AT_A_CUT
+            if count > self.context:
+                raise self._too_long(f"more than {self.context}", "an answer", param)
+
+    def _too_long(self, tokens: str, more: str, param: str) -> HttpProblem:
+        return HttpProblem(
+            400,
+            f"this model takes {self.context} tokens: these are {tokens}, and {more} to come; "
+            "use a shorter prompt, or ask for less",
+            param=param,
+            code="context_length_exceeded",
+        )
+
     def _check_ids(self, ids: Iterable[int], param: str) -> None:
         if any(not 0 <= token < self._size for token in ids):
             few = f"token ids of this model are from 0 to {self._size - 1}"
@@ -159,13 +188,7 @@ class Engine:
             few = f"at most {self.most_tokens} tokens can be asked for here"
             raise HttpProblem(400, few, param="max_tokens")
         if room < (wanted or 1):
-            raise HttpProblem(
-                400,
-                f"this model takes {self.context} tokens: these are {len(ids)}, and "
-                f"{wanted or 'an answer'} to come; use a shorter prompt, or ask for less",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise self._too_long(str(len(ids)), str(wanted or "an answer"), param)
         return Prompt(ids, wanted or min(room, self.most_tokens))
 
     async def _in_thread(self, work: Any) -> list[int]:

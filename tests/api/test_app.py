@@ -284,9 +284,10 @@ def test_the_servers_behind_the_words_are_told_to_who_asks(site: Site) -> None:
         ({"model": "fake", "messages": HELLO, "temperature": -1}, 400, "temperature"),
         ({"model": "fake", "messages": HELLO, "max_tokens": 5000}, 400, "at most 1024 tokens"),
         ({"model": "fake", "messages": [{"role": "user", "content": "x " * 3000}]}, 400, "2048"),
+        ({"model": "fake", "messages": [{"role": "user", "content": "x" * 900_000}]}, 400, "2048"),
         (b" " * 10_000_000, 413, "1,048,576 bytes"),
     ],
-    ids=["json", "model", "parameter", "too much", "too long", "10 MB"],
+    ids=["json", "model", "parameter", "too much", "too long", "one word", "10 MB"],
 )
 def test_what_cannot_be_is_refused(shared: Any, body: Any, status: int, words: str) -> None:
     answer = post(shared[1], body)
