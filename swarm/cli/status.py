@@ -16,7 +16,6 @@ from swarm.cli.common import (
     joining_parser,
     need_peers,
     parse_joining,
-    quick_imports,
 )
 from swarm.cli.screen import plain
 from swarm.errors import PeerUnavailable, UsageError
@@ -143,7 +142,9 @@ async def _looking(
     peers: Sequence[str], key: SwarmKey | None, model: str | None
 ) -> AsyncGenerator[Look]:
     """A look into the swarm whenever it is wanted; servers that fall silent are noticed."""
-    with quick_imports():
+    from swarm.dht.lean import without_torch
+
+    with without_torch():
         from swarm.dht.directory import Directory, list_models
         from swarm.dht.node import DhtNode
         from swarm.identity import Identity
@@ -255,7 +256,7 @@ def _table(view: SwarmView, *, wide: bool) -> RenderableType:
     names = ["blocks", *(["where"] if wide else []), "state", "address", "computes in"]
     for name in (*names, "tokens/s", "queue", "free KV", "who"):
         right = name in ("tokens/s", "queue", "free KV")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name != "who")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for record in (server.record for server in view.servers):
         silent = record.peer_id in view.silent
         cells = [
