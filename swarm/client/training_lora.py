@@ -23,9 +23,6 @@ class ShellAdapters:
 
     def __init__(self, shell: PreTrainedModel) -> None:
         self._blocks = blocks_of(shell)
-        self._versions: list[tuple[int, int]] = []
-        self._kept: list[Tensor] = []  # so that an id stays somebody's
-        self._bundles: Bundles | None = None
 
     def live(self) -> Live:
         """Raises UsageError for what servers cannot do."""
@@ -38,17 +35,9 @@ class ShellAdapters:
         return found
 
     def bundles(self, live: Live) -> Bundles:
-        """The bytes of what `live` gave. Raises UsageError for numbers that are not finite."""
-        layers = [layer for block in self._blocks for _, layer in _layers(block)]
-        weights = [weight for layer in layers for weight in _weights(layer)]
-        versions = [(id(weight), weight._version) for weight in weights]
-        scales = [tuple(layer.scaling.items()) for layer in layers]
-        active = [(tuple(layer.active_adapters), layer.disable_adapters) for layer in layers]
-        now: list[Any] = [versions, scales, active]
-        if self._bundles is None or now != self._versions:
-            self._bundles = Bundles.of({block: _bytes(block, own) for block, own in live.items()})
-            self._versions, self._kept = now, weights
-        return self._bundles
+        """The bytes of what `live` gave, made anew each time: optimizers that are fused change
+        weights without a trace. Raises UsageError for numbers that are not finite."""
+        return Bundles.of({block: _bytes(block, own) for block, own in live.items()})
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -56,13 +45,6 @@ def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
     for path, module in block.named_modules():
         if hasattr(module, "lora_A") and hasattr(module, "scaling"):
             yield path, module
-
-
-def _weights(layer: Any) -> Iterator[Tensor]:
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
-            yield layer.lora_A[name].weight
-            yield layer.lora_B[name].weight
 
 
 def _factors(path: str, layer: Any) -> Factors | None:
