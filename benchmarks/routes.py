@@ -10,6 +10,7 @@ from statistics import median
 
 from swarm.client.peers import PeerBook
 from swarm.client.routing import Chart, Request, find_route
+from swarm.coordinates import pack, somewhere
 from swarm.dht.records import ServerRecord, SignedRecord, peer_tag
 from swarm.types import BlockRange, ModelId, Numerics
 
@@ -42,6 +43,7 @@ def make_swarm(count: int, lots: random.Random, *, linked: bool) -> list[SignedR
             throughput=lots.uniform(5, 50),
             queue=lots.choice([0, 0, 3]),
             free_tokens=50_000,
+            coordinates=pack(somewhere(lots)) if linked else None,
             next_rtts={peer_tag(other): lots.randint(5, 200) for other in near},
         )
         servers.append(SignedRecord(record, b""))
@@ -53,6 +55,7 @@ def measured(servers: list[SignedRecord], count: int, lots: random.Random) -> Pe
     for record in (server.record for server in lots.sample(servers, count)):
         book.measured(record.peer_id, lots.uniform(0.005, 0.2))
         book.worked(record.peer_id, 1, lots.uniform(0.01, 0.05), 8)
+    book.coordinates = somewhere(lots)
     return book
 
 
@@ -76,7 +79,9 @@ def main(count: int) -> None:
         routes = cpu(
             lambda run, chart=chart, book=book: find_route(chart, REQUEST, book, 0.0, tiebreak=run)
         )
-        what = f"{known} measured, {'6 RTTs' if linked else 'no RTTs'} announced by each"
+        what = (
+            f"{known} measured, {'6 RTTs and a place' if linked else 'no RTTs'} announced by each"
+        )
         print(f"{what:44} {routes}")
         charts = cpu(lambda _, servers=servers: Chart(servers).holders(MODEL, NUMERICS))
         print(f"{'  once, for every new picture of the swarm':44} {charts}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import numpy as np
 
 from simulation.load import Loads
 from simulation.measure import Measure
-from simulation.rules import Rules, Server
+from simulation.rules import Rules, Server, Stage
 from simulation.world import START_SECONDS, Leaving, World, rtt
 from swarm.dht.records import ServerState
 from swarm.types import BlockRange
 
-MakeRules = Callable[[int, int, Callable[[int, int], float], Callable[[int, int], float]], Rules]
+MakeRules = Callable[[Stage], Rules]
+_ROUNDS = 10  # of tending, before it begins
+_SLOW = 30.0  # seconds for which servers that tend look at the same picture, to save time
 _FIRST_TENDING = 10.0  # seconds in which those who are there already begin
 SNAPSHOT = 5.0  # seconds, at least; clients' looks fall on these moments
 _PER_SERVER = 0.001  # seconds: pictures of large swarms take long to make
@@ -48,7 +51,7 @@ class Swarm:
     def __init__(self, world: World, make: MakeRules, clock: Clock, measure: Measure) -> None:
         self.world, self.clock, self.measure = world, clock, measure
         scenario = world.scenario
-        self.rules = make(scenario.num_blocks, scenario.seed, self.server_rtt, self.client_rtt)
+        self.rules = make(Stage(scenario, self.server_rtt, self.client_rtt))
         self.servers = [Server(i, machine) for i, machine in enumerate(world.machines)]
         for server in self.servers:
             server.state = ServerState.OFFLINE
@@ -58,6 +61,7 @@ class Swarm:
         )
         self.on_lost: Callable[[Server, bool], None] = lambda server, failed: None
         self._rng = random.Random(f"swarm {scenario.seed}")
+        self._slow: tuple[float, object] = (-math.inf, None)
         self._pictures: deque[tuple[float, object]] = deque()
         self._period = max(SNAPSHOT, _PER_SERVER * scenario.servers)
         self._keep = self.rules.look_period + 2 * self._period
@@ -81,6 +85,12 @@ class Swarm:
             self._plan_tending(server, self._rng.random() * _FIRST_TENDING)
         for server in self.servers[len(first) :]:
             self.clock.at(server.machine.born, lambda server=server: self._join(server))
+        for _ in range(_ROUNDS):  # they have been there for hours, and know how far others are
+            picture = self.rules.picture(0.0)
+            for server in first:
+                self.rules.tend(server, picture, self._rng.random())
+            for server in first:
+                self.rules.announce(server, 0.0)
         self._look()
 
     def picture(self, age: float = 0.0) -> object:
@@ -143,6 +153,7 @@ class Swarm:
         server.pass_seconds = float(loads.seconds[index])
         server.delay = float(loads.delay_of(index))
         server.queue = float(loads.rate[index]) * (loads.wait_of(index) + server.pass_seconds)
+        server.uplink = server.machine.up * (1 - loads.link_use(index))
 
     def _plan_announcement(self, server: Server, wait: float) -> None:
         def again() -> None:
@@ -160,9 +171,11 @@ class Swarm:
     def _plan_tending(self, server: Server, wait: float) -> None:
         def tend() -> None:
             if server.alive:
-                self._plan_tending(
-                    server, self.rules.tend(server, self.picture(), self._rng.random())
-                )
+                if self._slow[0] < self.clock.now - _SLOW:
+                    self._slow = self.clock.now, self.picture()
+                self.feel(server)
+                wait = self.rules.tend(server, self._slow[1], self._rng.random())
+                self._plan_tending(server, wait)
 
         self.clock.at(self.clock.now + wait, tend)
 

@@ -72,6 +72,10 @@ class Loads:
         link = self.link[server] / 2 + self.link_wait[server]
         return float(self.seconds[server] + link) + self.wait_of(server)
 
+    def link_use(self, server: int) -> float:
+        """Which share of the uplink is in use."""
+        return float(min(self.rate[server] * self.link[server], _FULL))
+
     def settle(self, demand: Demand, steps: Floats) -> Floats:
         """Steps take what loads make of them, and loads come from steps. Returns the new steps."""
         count = len(self.unit)

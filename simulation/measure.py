@@ -81,11 +81,13 @@ class Measure:
             self.all_steps.add(samples, tokens)
             self.tokens += float(tokens.sum())
 
-    def recovered(self, now: float, seconds: float) -> None:
+    def mended(self, now: float, seconds: float, *, moved: bool) -> None:
+        """A route, after a loss, or as it was left for a better one, in the middle of an answer."""
         if now >= self.begin:
-            self.counts["recoveries"] += 1
-            self.pauses.add(seconds)
+            self.counts["moves in answers" if moved else "recoveries"] += 1
             self.all_steps.add(seconds)
+            if not moved:
+                self.pauses.add(seconds)
 
     def answered(self, now: float, seconds: float) -> None:
         if now >= self.begin:

@@ -7,16 +7,16 @@ Looks, announcements and lifetimes of records are those of `swarm/dht/announcer.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from simulation.load import FIXED, ROW
-from simulation.rules import Leg, Server, Wanted
+from simulation.rules import Leg, Server, Stage, Wanted
 from simulation.world import TOKEN_BYTES, Machine
 from swarm import coordinates
 from swarm.client.peers import PeerBook
 from swarm.client.probing import choose_probes
-from swarm.client.routing import Chart, Request, RouteHop, find_better, find_route
+from swarm.client.routing import Chart, Request, RouteHop, find_better, find_route, price_route
 from swarm.config import ServerLimits
 from swarm.coordinates import Coordinates
 from swarm.dht.directory import Sighting, SwarmView, take_picture
@@ -29,12 +29,13 @@ from swarm.types import BlockRange, ModelId, Numerics
 
 LIFETIME = 90  # seconds of a record; announced three times in it
 QUALITY = 0.75  # what --balance-quality is when nobody says
+_LOOK_EVERY, _LOOK_RARELY, _PER_RECORD = 20.0, 32.0, 0.05  # seconds, of a client (network.py)
 _FIRST_PROBES, _PROBES = 16, 2  # of a client (network.py)
 _FIRST_NEIGHBOURS, _NEIGHBOURS = 8, 4  # of a server (neighbours.py)
 _NEIGHBOURS_PERIOD, _PER_SERVER = 60.0, 0.1  # seconds
 _LOOKS = 6  # of a client for each round of probes, so many times larger: saves time
 _STRANGERS = 32  # servers that a simulated client draws before it looks closer at all these
-_SLOW = 30.0  # seconds for which servers that measure distances look at the same picture
+_MANY = 1000  # steps, by whose price one is judged (network.py)
 _OBSERVATIONS = 8  # a turn has a hundred steps; so many smoothed ones are as good as all
 _BATCH = 16  # rows, of which records tell the throughput
 _LIMITS = ServerLimits()
@@ -74,6 +75,13 @@ class Picture:
             self.likely[end] = neighbours.likely_next(me, records)
         return self.likely[end]
 
+    def hops(self, legs: Sequence[Leg]) -> list[RouteHop] | None:
+        """None: not all of them are announced any more."""
+        records = self.records_of([f"server{index:08d}" for index, _ in legs])
+        if len(records) < len(legs):
+            return None
+        return [RouteHop(signed, blocks) for signed, (_, blocks) in zip(records, legs, strict=True)]
+
     def records_of(self, peer_ids: Sequence[str]) -> list[SignedRecord]:
         if not self.found:
             self.found = {signed.record.peer_id: signed for signed in self.view.servers}
@@ -98,17 +106,29 @@ class Client:
     def better(
         self, picture: Picture, legs: Sequence[Leg], wanted: Wanted, now: float
     ) -> Sequence[Leg] | None:
-        names = [f"server{index:08d}" for index, _ in legs]
-        records = picture.records_of(names)
-        if len(records) < len(names):
+        hops = picture.hops(legs)
+        if hops is None:
             return None
-        hops = [RouteHop(signed, blocks) for signed, (_, blocks) in zip(records, legs, strict=True)]
         rest, lot = _request(wanted, wanted.prompt), self._rng.random()
         try:
             found = find_better(hops, picture.chart, rest, wanted.held, self._book, now, lot)
         except (NoRoute, KeyError):  # KeyError: one of them takes no sessions any more
             return None
         return [(_index(hop.server.record), hop.blocks) for hop in found] if found else None
+
+    def expect(
+        self, picture: Picture, legs: Sequence[Leg], wanted: Wanted, now: float
+    ) -> Sequence[float] | None:
+        """As `ModelRouter.step_seconds`."""
+        hops = picture.hops(legs)
+        if hops is None:
+            return None
+        request = replace(_request(wanted, 0), new_tokens=_MANY)
+        try:
+            priced = price_route(hops, picture.chart, request, self._book, now)
+        except KeyError:
+            return None
+        return [hop.seconds / _MANY for hop in priced]
 
     def look(self, picture: Picture, now: float) -> None:
         """Probe a few. Strangers are drawn first, or all clients would have to sift all servers."""
@@ -158,24 +178,18 @@ class OurRules:
 
     name = "ours"
     fetches_first = True
-    look_period = 20.0
     announce_period = LIFETIME / 3
 
-    def __init__(
-        self,
-        num_blocks: int,
-        seed: int,
-        server_rtt: Callable[[int, int], float],
-        client_rtt: Callable[[int, int], float],
-    ) -> None:
-        self._frame = SwarmView(_MODEL, num_blocks)
-        self.server_rtt, self.client_rtt = server_rtt, client_rtt
-        self._rng = random.Random(f"ours {seed}")
+    def __init__(self, stage: Stage) -> None:
+        scenario = stage.scenario
+        self._frame = SwarmView(_MODEL, scenario.num_blocks)
+        self.server_rtt, self.client_rtt = stage.server_rtt, stage.client_rtt
+        self.look_period = min(_LOOK_RARELY, max(_LOOK_EVERY, _PER_RECORD * scenario.servers))
+        self._rng = random.Random(f"ours {scenario.seed}")
         self._sightings: dict[str, Sighting] = {}
         self._rtts: dict[int, dict[str, float]] = {}  # that servers have measured
         self._places: dict[int, Coordinates] = {}  # where they say that they are
-        self._slow: Picture | None = None
-        self._slow_since = 0.0
+        self._uplinks: dict[int, float] = {}  # bytes per second that they have measured
         self.servers: dict[int, Server] = {}  # that have announced themselves
 
     def announce(self, server: Server, now: float) -> None:
@@ -204,6 +218,7 @@ class OurRules:
             queue=round(server.queue),
             free_tokens=server.free_tokens,
             coordinates=coordinates.pack(place) if place else None,
+            uplink=int(self._uplinks.get(server.index, 0) / 1024),
             announced_at=round(now * 1000),
             lifetime=LIFETIME,
         )
@@ -263,22 +278,20 @@ class OurRules:
     def tend(self, server: Server, picture: Picture, random: float) -> float:
         """Measure how far some likely next servers are (`Neighbours.look`, smoothing left out)."""
         record = self._sightings[server.peer_id].signed.record
-        if self._slow is None or self._slow_since + _SLOW < record.announced_at / 1e3:
-            self._slow, self._slow_since = picture, record.announced_at / 1e3
-        picture = self._slow
         rtts = self._rtts.get(server.index)
         likely = picture.likely_next(record)
         known = {r.peer_id: rtts[r.peer_id] for r in likely if r.peer_id in rtts} if rtts else {}
-        count = _FIRST_NEIGHBOURS if rtts is None else _NEIGHBOURS
-        for other in neighbours.choose_probes(likely, known, count, self._rng):
+        count, place = (
+            _FIRST_NEIGHBOURS if rtts is None else _NEIGHBOURS,
+            self._places.get(server.index),
+        )
+        for other in neighbours.choose_probes(likely, known, place, count, self._rng):
             if self.servers[_index(other)].alive:
                 known[other.peer_id] = self.server_rtt(server.index, _index(other))
             else:
                 known.pop(other.peer_id, None)
-        self._rtts[server.index] = known
-        self._places[server.index] = neighbours.find_place(
-            likely, known, self._places.get(server.index), self._rng
-        )
+        self._rtts[server.index], self._uplinks[server.index] = known, server.uplink
+        self._places[server.index] = neighbours.find_place(likely, known, place, self._rng)
         period = max(_NEIGHBOURS_PERIOD, _PER_SERVER * len(picture.view.servers))
         return period * (0.5 + random)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from simulation.rules import Leg, Server, Wanted
+from simulation.rules import Leg, Server, Stage, Wanted
 from simulation.world import TOKEN_BYTES, Bools, Floats, Ints, Machine
 from swarm.dht.records import ServerState
 from swarm.errors import NoRoute
@@ -227,6 +227,11 @@ class Client:
     ) -> Sequence[Leg] | None:
         return None  # routes stay until a server fails
 
+    def expect(
+        self, picture: Picture, legs: Sequence[Leg], wanted: Wanted, now: float
+    ) -> Sequence[float] | None:
+        return None
+
     def look(self, picture: Picture, now: float) -> None:
         """Pings a few; the holders of the first block only if they hold another one as well."""
         online = np.flatnonzero(picture.online)
@@ -265,16 +270,10 @@ class PetalsRules:
     look_period = 60.0
     announce_period = 60.0
 
-    def __init__(
-        self,
-        num_blocks: int,
-        seed: int,
-        server_rtt: Callable[[int, int], float],
-        client_rtt: Callable[[int, int], float],
-    ) -> None:
-        self._num_blocks = num_blocks
-        self._server_rtt, self.client_rtt = server_rtt, client_rtt
-        self._rng = random.Random(f"petals {seed}")
+    def __init__(self, stage: Stage) -> None:
+        self._num_blocks = stage.scenario.num_blocks
+        self._server_rtt, self.client_rtt = stage.server_rtt, stage.client_rtt
+        self._rng = random.Random(f"petals {stage.scenario.seed}")
         self._entries: dict[int, Entry] = {}
         self._last: Picture | None = None
         self._quality, self._judged = 1.0, -math.inf

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from simulation.world import Machine
+from simulation.world import Machine, Scenario
 from swarm.dht.records import ServerState
 from swarm.types import BlockRange
 
@@ -28,6 +28,7 @@ class Server:
     queue: float = 0.0  # steps that wait or are in the pass, at present
     pass_seconds: float = 0.0
     delay: float = 0.0  # seconds that a step spends here, with waiting and sending
+    uplink: float = 0.0  # bytes per second that others leave of it
 
     @property
     def peer_id(self) -> str:
@@ -40,6 +41,15 @@ class Server:
     @property
     def free_tokens(self) -> int:
         return max(0, KV_TOKENS - self.promised // len(self.blocks))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Where rules are played. RTTs are in seconds, by index, the client's first."""
+
+    scenario: Scenario
+    server_rtt: Callable[[int, int], float]
+    client_rtt: Callable[[int, int], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +67,19 @@ Leg = tuple[int, BlockRange]
 
 
 class Memory(Protocol):
-    """One client's: what it has learnt, and how it chooses by that. Raises NoRoute."""
+    """One client's: what it has learnt, and how it chooses by that. Raises NoRoute.
+
+    `expect`: seconds of a step at each hop, as the client sees them, by which it knows a slow one
+    (None: it does not care).
+    """
 
     def route(self, picture: Any, wanted: Wanted, now: float) -> Sequence[Leg]: ...
     def better(
         self, picture: Any, legs: Sequence[Leg], wanted: Wanted, now: float
     ) -> Sequence[Leg] | None: ...
+    def expect(
+        self, picture: Any, legs: Sequence[Leg], wanted: Wanted, now: float
+    ) -> Sequence[float] | None: ...
     def look(self, picture: Any, now: float) -> None: ...
     def failed(self, server: Server, now: float) -> None: ...
     def busy(self, server: Server, now: float) -> None: ...

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 
@@ -14,7 +12,9 @@ from simulation.engine import Clock, Swarm
 from simulation.load import FIXED, ROW, Demand
 from simulation.measure import Measure
 from simulation.rules import KV_TOKENS, Leg, Memory, Server, Wanted
+from simulation.session import Session, State
 from simulation.world import MEGABIT, TOKEN_BYTES, Ints, Leaving, Turn, World, rtt
+from swarm.client.routing import JUDGED, is_slow
 from swarm.config import ClientTimeouts, ServerLimits
 from swarm.dht.records import ServerState
 from swarm.errors import NoRoute
@@ -22,38 +22,12 @@ from swarm.types import BlockRange
 
 CLIENT_UP, CLIENT_DOWN = 20 * MEGABIT, 100 * MEGABIT  # bytes per second
 BETWEEN_CHATS = 60.0  # mean seconds
+WATCHED = 10  # seconds between two looks whether a hop became slow (watch.py)
 _TIMEOUTS, _LIMITS = ClientTimeouts(), ServerLimits()
 _SHARE = 1 / 3  # of a server's time that prompts get beside others' answers (server/pace.py)
 _TRIES = 8  # openings in a row, before what has happened meanwhile must be looked at
 _LEAST_POSITIONS = 1024  # that a session asks room for; else the next power of two
 _SILENCE = (3.0, 1.0)  # a silent hop is given up after so many usual steps and so many seconds
-
-
-class State(Enum):
-    IDLE = "idle"  # its user thinks
-    MENDING = "mending"  # no whole route
-    FEEDING = "feeding"  # a prompt, or a replay
-    DECODING = "decoding"
-
-
-@dataclass(slots=True)
-class Session:
-    """A client's present chat. `hops` are those that live, in order of their blocks."""
-
-    client: int
-    turns: list[Turn] = field(default_factory=list[Turn])
-    turn: int = 0
-    state: State = State.IDLE
-    hops: list[Leg] = field(default_factory=list[Leg])
-    positions: int = 0  # that it may grow to
-    known: int = 0  # positions that a new hop must be given
-    prompt: int = 0  # positions that all hops must still be given
-    left: float = 0.0  # tokens of the answer
-    since: float = 0.0  # when it began to wait: the prompt was sent, or a hop was lost
-    blocked: float | None = None  # since when there is no route
-    generation: int = 0  # of plans; older ones mean nothing
-    fresh: list[Leg] = field(default_factory=list[Leg])  # hops that know nothing yet
-    fed: list[int] = field(default_factory=list[int])  # servers that work on its prompt
 
 
 class Sessions:
@@ -99,13 +73,13 @@ class Sessions:
             self._improve(session)
         self._mend(session)
 
-    def _improve(self, session: Session) -> None:
-        """Between turns a session may leave for a better route; what cannot be opened is mended."""
+    def _improve(self, session: Session) -> bool:
+        """Whether it leaves for a better route; what cannot be opened is mended."""
         memory, now = self._memories[session.client], self.clock.now
         wanted = self._wanted(session, BlockRange(0, self._num_blocks))
         legs = memory.better(self._seen(session), session.hops, wanted, now)
         if legs is None:
-            return
+            return False
         self.measure.count("routes left for better ones", now)
         for leg in [leg for leg in session.hops if leg not in legs]:
             session.hops.remove(leg)
@@ -113,13 +87,49 @@ class Sessions:
         for leg in legs:
             if leg not in session.hops:
                 self._open(session, leg, now)
+        return True
 
-    def _turn_over(self, session: Session) -> None:
+    def _look_around(self, session: Session) -> None:
+        """In the middle of an answer: leave a route with a hop that became slow, if that pays."""
+        if self._has_slow(session):
+            self._note_work(session)
+            if self._improve(session):
+                self._pause(session)
+                session.moving = True
+                self._mend(session)
+
+    def _has_slow(self, session: Session) -> bool:
+        """As the client sees hops: from the answer of the one before to its own."""
+        before: int | None = None
+        for leg in session.hops:
+            index, expected = leg[0], session.expected.get(leg)
+            home = self.swarm.client_rtt(session.client, index)
+            way = home
+            if before is not None:
+                back = self.swarm.client_rtt(session.client, before)
+                way = (self.swarm.server_rtt(before, index) + home - back) / 2
+            took = way + float(self.swarm.loads.delay_of(index))
+            if expected is not None and is_slow([took] * JUDGED, expected):
+                return True
+            before = index
+        return False
+
+    def _note_work(self, session: Session) -> None:
         memory = self._memories[session.client]
         for index, blocks in session.hops:
             server = self.swarm.servers[index]
             self.swarm.feel(server)
             memory.worked(server, len(blocks), self.clock.now)
+
+    def _pause(self, session: Session) -> None:
+        """It decodes no more, and waits from now on."""
+        client = session.client
+        session.since, session.known = self.clock.now, self._held(session)
+        session.left = float(self._left[client])
+        self.decoding[client] = False
+
+    def _turn_over(self, session: Session) -> None:
+        self._note_work(session)
         self.measure.count("answers", self.clock.now)
         session.state = State.IDLE
         session.known += round(session.left)
@@ -169,7 +179,13 @@ class Sessions:
         self._plan(session, when - self.clock.now, self._mend)
 
     def _wanted(self, session: Session, blocks: BlockRange) -> Wanted:
-        return Wanted(blocks, session.positions, session.known, session.prompt)
+        return Wanted(blocks, session.positions, self._held(session), session.prompt)
+
+    def _held(self, session: Session) -> int:
+        """Positions that its hops hold."""
+        decoding = bool(self.decoding[session.client])
+        new = session.left - float(self._left[session.client]) if decoding else 0.0
+        return session.known + round(new)
 
     def _wait_for_a_route(self, session: Session) -> None:
         now = self.clock.now
@@ -243,10 +259,7 @@ class Sessions:
             if session.state in (State.IDLE, State.MENDING):
                 continue
             if session.state is State.DECODING:
-                session.since = self.clock.now
-                session.known += round(session.left - self._left[client])
-                session.left = float(self._left[client])
-                self.decoding[client] = False
+                self._pause(session)
             self._stop_feeding(session)
             session.state = State.MENDING
             steps, seconds = _SILENCE
@@ -300,7 +313,9 @@ class Sessions:
         if session.prompt:
             self.measure.answered(now, now - session.since)
         else:
-            self.measure.recovered(now, now - session.since)
+            self.measure.mended(now, now - session.since, moved=session.moving)
+        session.moving = False
+        self._expect(session)
         session.known += session.prompt
         session.prompt = 0
         session.state = State.DECODING
@@ -320,6 +335,17 @@ class Sessions:
         )
         self._step[client] = self._network[client] + alone
         self.decoding[client] = True
+
+    def _expect(self, session: Session) -> None:
+        """Of hops that were in the route before, what was expected first goes on to be."""
+        wanted = self._wanted(session, BlockRange(0, self._num_blocks))
+        memory, picture = self._memories[session.client], self._seen(session)
+        seconds = memory.expect(picture, session.hops, wanted, self.clock.now)
+        before, session.expected = session.expected, {}
+        if seconds is not None:
+            session.expected = dict(zip(session.hops, seconds, strict=True)) | {
+                leg: before[leg] for leg in session.hops if leg in before
+            }
 
     def _way(self, session: Session) -> float:
         """Seconds of one step on links: from hop to hop, and back to the client."""
@@ -353,6 +379,9 @@ class Sessions:
         for client in active[self._left[active] <= 0]:
             self.decoding[client] = False
             self._turn_over(self.all[client])
+        for client in active[(active + int(now)) % WATCHED == 0]:
+            if self.decoding[client]:
+                self._look_around(self.all[client])
 
     def _demand(self, active: Ints) -> Demand:
         servers = self._servers[active]

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ _MEAN_SPEED_AND_MEMORY = 0.5  # correlation of the logarithms: fast devices tend
 _EARTH = 6371.0  # km
 _SECONDS_PER_KM = 1.5e-5  # there and back at two thirds of light's speed, on a detour of a half
 _FLOOR = 0.002  # seconds there and back, between two neighbours with perfect lines
+_DETOUR = 0.25  # spread of the logarithm of how much longer the way between two is than is usual
+_LUCKS = 1024
+_DETOURS = [math.exp(_DETOUR * NormalDist().inv_cdf((i + 0.5) / _LUCKS)) for i in range(_LUCKS)]
 
 # Latitude, longitude, share of all machines, degrees of scatter.
 _REGIONS = (
@@ -83,12 +87,16 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a machine is, and the seconds that its own line adds to each trip there and back."""
+    """Where a machine is, and the seconds that its own line adds to each trip there and back.
+
+    `lot` decides, with the other end's, how much of a detour the way there is.
+    """
 
     x: float
     y: float
     z: float
     access: float
+    lot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +201,8 @@ def rtt(one: Place, other: Place) -> float:
     """Seconds there and back between two machines."""
     chord = math.dist((one.x, one.y, one.z), (other.x, other.y, other.z))
     arc = 2 * math.asin(min(1.0, chord / 2))
-    return _FLOOR + one.access + other.access + _SECONDS_PER_KM * _EARTH * arc
+    detour = _DETOURS[(one.lot ^ other.lot) * 0x9E3779B1 % (1 << 32) % _LUCKS]
+    return _FLOOR + one.access + other.access + _SECONDS_PER_KM * _EARTH * arc * detour
 
 
 def _correlated(rng: np.random.Generator, count: int) -> tuple[Floats, Floats]:
@@ -206,12 +215,13 @@ def _places(rng: np.random.Generator, count: int) -> list[Place]:
     regions = rng.choice(len(_REGIONS), count, p=[region[2] for region in _REGIONS])
     scatter = rng.standard_normal((count, 2))
     access = np.clip(0.008 * np.exp(0.8 * rng.standard_normal(count)), 0.001, 0.15)
+    lots = rng.integers(0, 1 << 32, count)
     places: list[Place] = []
-    for region, (north, east), line in zip(regions, scatter, access, strict=True):
+    for region, (north, east), line, lot in zip(regions, scatter, access, lots, strict=True):
         lat, lon, _, degrees = _REGIONS[region]
         phi, theta = math.radians(lat + degrees * north), math.radians(lon + degrees * east)
         x, y = math.cos(phi) * math.cos(theta), math.cos(phi) * math.sin(theta)
-        places.append(Place(x, y, math.sin(phi), float(line)))
+        places.append(Place(x, y, math.sin(phi), float(line), int(lot)))
     return places
 
 

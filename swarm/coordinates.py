@@ -8,7 +8,7 @@ springs, as all RTTs that one has measured are at hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import dist, isfinite
 from typing import Protocol, cast
 
 import numpy as np
@@ -23,9 +23,9 @@ MAX_PACKED = 32_767
 _UNIT = 1e-4  # seconds
 _STEP = 0.7  # of what would fit best: others move at the same time
 _FIRM = 0.1  # of the mean curvature is added, so that few RTTs move nobody far
-_OUTLIER = 0.1  # relative errors beyond this weigh by their size, not its square: some lie
+_OUTLIER = 0.3  # relative errors beyond this weigh by their size, not its square: some lie
 _NEAREST = 1e-4  # seconds; nothing is nearer, and two peers in one place must have a direction
-_STEPS, _FIRST_STEPS = 2, 10
+_STEPS, _FIRST_STEPS = 3, 10
 
 
 class Rng(Protocol):
@@ -67,6 +67,11 @@ def _step(
     curvature = weighted.T @ slopes
     curvature += np.eye(4) * (_FIRM * np.trace(curvature) / 4)
     return np.linalg.solve(curvature, weighted.T @ missing)
+
+
+def distance(one: Coordinates, other: Coordinates) -> float:
+    """Seconds there and back."""
+    return dist(one[:3], other[:3]) + one[3] + other[3]
 
 
 def somewhere(rng: Rng) -> Coordinates:

@@ -70,6 +70,7 @@ class Holders:
         records = [server.record for server in servers]
         self.servers = servers
         self.ids = [record.peer_id for record in records]
+        self.place_of = {name: place for place, name in enumerate(self.ids)}
         self.start = np.array([record.blocks.start for record in records], np.int64)
         self.end = np.array([record.blocks.end for record in records], np.int64)
         self.count = self.end - self.start
@@ -243,6 +244,7 @@ class Prices:
             told = np.sqrt((away * away).sum(1)) + self.holders.places[:, 3] + book.coordinates[3]
             self.rtt = np.where(self.rtt_known, self.rtt, _ESTIMATED * told)
         self.placed = ~np.isnan(self.rtt)
+        self._all_placed = bool(self.placed.all())
         usual = rtts[int(_QUANTILE * len(rtts))] if len(rtts) >= _MEASURED else _UNKNOWN_RTT
         self.rtt = np.where(self.placed, self.rtt, usual)
 
@@ -288,11 +290,15 @@ class Prices:
     def extras(self, sources: Places, targets: Places) -> Floats:
         """[sources, targets]: seconds for coming from one to the other otherwise than by way of the
         client. No RTT is less than the difference of our own to the two."""
-        ways = self.holders.ways.between(sources, targets)
         here, there = self.rtt[sources][:, None], self.rtt[targets]
-        saved = np.maximum(ways, np.abs(here - there)) - here - there
-        known = (ways < np.inf) & self.placed[sources][:, None] & self.placed[targets]
-        return np.where(known, self._steps / 2 * saved, 0.0)
+        ways, by_us = self.holders.ways.between(sources, targets), here + there
+        unknown = ways == np.inf
+        if not self._all_placed:
+            unknown |= ~self.placed[sources][:, None] | ~self.placed[targets]
+        rtts = np.maximum(ways, np.abs(here - there))
+        if unknown.any():
+            rtts = np.where(unknown, by_us, rtts)
+        return (rtts - by_us) * (self._steps / 2)
 
     def cover(self, blocks: BlockRange) -> bool:
         """Whether each block is held by somebody usable."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Protocol
 
 from swarm.client.peers import PeerBook
+from swarm.coordinates import distance, unpack
 from swarm.dht.records import ServerRecord, ServerState, SignedRecord
 
 _ENOUGH = 4  # servers of a block that are known, before others of it are asked
@@ -23,7 +25,8 @@ class Rng(Protocol):
 def choose_probes(
     servers: Sequence[SignedRecord], book: PeerBook, now: float, count: int, rng: Rng
 ) -> list[ServerRecord]:
-    """At most `count` servers, those first whose blocks have the fewest holders that are known."""
+    """At most `count` servers, those first whose blocks have the fewest holders that are known, and
+    of these the nearest ones, if coordinates tell: they are what routes would like to use."""
     known: dict[int, int] = {}
     strangers: list[ServerRecord] = []
     for record in (server.record for server in servers):
@@ -37,13 +40,19 @@ def choose_probes(
     strangers = rng.sample(strangers, min(_SAMPLE, len(strangers)))
     chosen: list[ServerRecord] = []
     while strangers and len(chosen) < count:
-        needed = min(strangers, key=lambda record: _least(known, record))
+        needed = min(strangers, key=lambda r: (_least(known, r), _distance(book, r)))
         if _least(known, needed) >= _ENOUGH:
             break
         strangers.remove(needed)
         chosen.append(needed)
         _count(known, needed)
     return chosen
+
+
+def _distance(book: PeerBook, record: ServerRecord) -> float:
+    if book.coordinates is None or record.coordinates is None:
+        return inf
+    return distance(book.coordinates, unpack(record.coordinates))
 
 
 def _least(known: dict[int, int], record: ServerRecord) -> int:

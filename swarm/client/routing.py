@@ -105,9 +105,11 @@ def price_route(
     Raises KeyError if somebody takes no sessions any more.
     """
     holders = _chart(servers).holders(request.model, request.numerics)
-    prices = Prices(holders, request, book, now, None)
-    place_of = {name: place for place, name in enumerate(holders.ids)}
-    places = [place_of[hop.server.record.peer_id] for hop in hops]
+    return _priced(hops, Prices(holders, request, book, now, None))
+
+
+def _priced(hops: Sequence[RouteHop], prices: Prices) -> list[PricedHop]:
+    places = [prices.holders.place_of[hop.server.record.peer_id] for hop in hops]
     extras = [0.0, *(prices.extra_between(*pair) for pair in pairwise(places))]
     return [
         PricedHop(hop, prices.offer(place), extra)
@@ -142,9 +144,15 @@ def find_better(
     that are new to it have to be told `held` tokens first. Raises NoRoute, KeyError."""
     replay = replace(rest, prompt_tokens=rest.prompt_tokens + held)
     found = find_route(chart, replay, book, now, tiebreak=tiebreak)
+    holders = chart.holders(rest.model, rest.numerics)
+    going_on = Prices(holders, rest, book, now, None)
     stay, go, told = (
-        [hop.seconds for hop in price_route(route, chart, request, book, now)]
-        for route, request in ((hops, rest), (found, rest), (found, replay))
+        [hop.seconds for hop in _priced(route, prices)]
+        for route, prices in (
+            (hops, going_on),
+            (found, going_on),
+            (found, Prices(holders, replay, book, now, None)),
+        )
     )
     new = [hop not in hops for hop in found]
     telling = sum(told[i] - go[i] for i in range(len(found)) if new[i])

@@ -13,7 +13,7 @@ import numpy as np
 from swarm.client.pricing import Floats, Places, Prices
 from swarm.types import BlockRange
 
-_SOURCES = 16
+_SOURCES = 8
 
 Chain = list[tuple[int, BlockRange]]
 """Places of servers, and what of their blocks."""

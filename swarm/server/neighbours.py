@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from heapq import nsmallest
 from typing import Protocol
 
 from swarm import coordinates
@@ -87,7 +88,7 @@ class Neighbours:
         """One round, over the servers that there are."""
         likely = likely_next(self._describe(), (server.record for server in servers))
         self._rtts = {r.peer_id: self._rtts[r.peer_id] for r in likely if r.peer_id in self._rtts}
-        chosen = choose_probes(likely, self._rtts, probes, self._rng)
+        chosen = choose_probes(likely, self._rtts, self._place, probes, self._rng)
         await asyncio.gather(*map(self._probe, chosen))
         self._place = find_place(likely, self._rtts, self._place, self._rng)
         # One after the other, and the best counts: others' lines may be slower than ours.
@@ -149,15 +150,31 @@ def find_place(
 
 
 def choose_probes(
-    likely: Sequence[ServerRecord], rtts: Mapping[str, float], count: int, rng: Rng
+    likely: Sequence[ServerRecord],
+    rtts: Mapping[str, float],
+    place: Coordinates | None,
+    count: int,
+    rng: Rng,
 ) -> list[ServerRecord]:
     """Half of them from those that are announced now, so that it stays true; the rest from those
-    that may be nearer."""
+    that may be nearer: whom coordinates put nearest of all strangers, and others by lot."""
     announced = pack(rtts).keys()
     near = [record for record in likely if peer_tag(record.peer_id) in announced]
     others = [record for record in likely if peer_tag(record.peer_id) not in announced]
     chosen = _draw(near, count - min(count // 2, len(others)), rng)
+    wanted = count - len(chosen)
+    if place is not None:
+        strangers = [o for o in others if o.coordinates is not None and o.peer_id not in rtts]
+        nearest = nsmallest(wanted // 2, strangers, key=lambda other: _distance(place, other))
+        chosen += nearest
+        taken = {other.peer_id for other in nearest}
+        others = [other for other in others if other.peer_id not in taken]
     return chosen + _draw(others, count - len(chosen), rng)
+
+
+def _distance(place: Coordinates, other: ServerRecord) -> float:
+    assert other.coordinates is not None
+    return coordinates.distance(place, coordinates.unpack(other.coordinates))
 
 
 def pack(rtts: Mapping[str, float]) -> dict[str, Milliseconds]:

@@ -16,7 +16,7 @@ from swarm.types import BlockRange
 
 _MEMORY_SHARE = 0.7  # of what is free: activations, the allocator and other programs need some
 _GRAIN = 2.0**-20  # tokens/s
-_CREDIBLE = 10.0  # nobody counts for more than so many typical servers: records may lie
+_CREDIBLE = 30.0  # nobody counts for more than so many typical servers: records may lie
 _REST_SECONDS = 600.0  # between two moves of one server, unless there is a hole to fill
 _STAY_SECONDS = 1800.0  # for so long things are taken to stay as they are
 

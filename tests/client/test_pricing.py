@@ -74,6 +74,36 @@ def test_a_long_prompt_goes_where_bytes_and_prompts_have_gone_quickly() -> None:
     assert route(servers, reading, peers) == [("quick", "0:8")]
 
 
+def test_whose_line_is_full_is_gone_around_until_it_was_seen_how_quick_it_is() -> None:
+    slow, quick = server("slow", "0:8", uplink=600), server("quick", "0:8", uplink=60_000)
+    chat = request("0:8", position_bytes=16_384)
+    peers = book(slow=0.01, quick=0.03)
+    assert route([slow, quick], request("0:8"), peers) == [("slow", "0:8")]
+    assert route([slow, quick], chat, peers) == [("quick", "0:8")]
+    assert route([server("silent", "0:8"), slow, quick], chat, peers) == [("quick", "0:8")]
+    for name in ("slow", "quick"):
+        peers.worked(name, 1, 0.08, 8, elapsed=0.08)
+    assert route([slow, quick], chat, peers) == [("slow", "0:8")]
+
+
+def test_coordinates_tell_what_was_never_measured_and_no_more_than_measurements_allow() -> None:
+    """Three of our town, one across the sea, of whom we have asked only those who tell us where we
+    are."""
+    here, there = (0, 0, 0, 50), (1000, 0, 0, 50)  # tenths of a millisecond
+    servers = [
+        server("near", "0:8", coordinates=here),
+        server("far", "0:8", coordinates=there, throughput=120.0),
+        server("second", "8:16", coordinates=(0, 0, 10, 50)),
+        server("overseas", "8:16", coordinates=there, throughput=120.0),
+    ]
+    peers = book(elsewhere=0.1)
+    assert route(servers, request("0:16"), peers)[0] == ("far", "0:8")
+    peers.coordinates = (0.0, 0.0, 0.0, 0.005)
+    assert route(servers, request("0:16"), peers) == [("near", "0:8"), ("second", "8:16")]
+    peers.measured("near", 0.5)  # it lied
+    assert route(servers, request("0:16"), peers) == [("far", "0:8"), ("second", "8:16")]
+
+
 def test_who_has_more_room_is_chosen_more_often_among_equals() -> None:
     servers = [server("large", "0:8", free_tokens=4 * 48), server("small", "0:8", free_tokens=48)]
     lots = random.Random(1)

@@ -33,6 +33,15 @@ def test_the_blocks_whose_holders_are_least_known_come_first() -> None:
     assert len(chosen(servers, known) - {"lonely"}) == 1
 
 
+def test_of_those_that_are_as_little_known_the_nearest_are_asked() -> None:
+    peers = book()
+    peers.coordinates = (0.0, 0.0, 0.0, 0.001)
+    servers = [server(f"s{i:02}", "0:8", coordinates=(100 * i, 0, 0, 10)) for i in range(40)]
+    servers += [server("nowhere", "0:8")]
+    asked = choose_probes(servers[::-1], peers, 0.0, 3, random.Random(0))
+    assert [record.peer_id for record in asked] == ["s00", "s01", "s02"]
+
+
 def test_nobody_is_asked_too_often_nor_never_again() -> None:
     peers = book(known=0.1)
     for name in ("known", "deaf"):

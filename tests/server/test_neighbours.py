@@ -62,12 +62,24 @@ def test_half_of_the_questions_go_to_others_than_those_announced() -> None:
     likely = [record(f"server{i:02}", "8:16") for i in range(20)]
     rtts = {other.peer_id: 0.1 for other in likely[:6]}
     rng = random.Random(0)
-    asked = [choose_probes(likely, rtts, 4, rng) for _ in range(200)]
+    asked = [choose_probes(likely, rtts, None, 4, rng) for _ in range(200)]
     assert all(len({other.peer_id for other in chosen}) == 4 for chosen in asked)
     assert all(sum(other.peer_id in rtts for other in chosen) == 2 for chosen in asked)
     assert {other.peer_id for chosen in asked for other in chosen} == {r.peer_id for r in likely}
-    assert len(choose_probes(likely[:6], rtts, 4, rng)) == 4
-    assert len(choose_probes(likely[:3], {}, 4, rng)) == 3
+    assert len(choose_probes(likely[:6], rtts, None, 4, rng)) == 4
+    assert len(choose_probes(likely[:3], {}, None, 4, rng)) == 3
+
+
+def test_whom_coordinates_put_near_are_asked_before_others() -> None:
+    likely = [record(f"server{i:02}", "8:16", coordinates=(50 * i, 0, 0, 10)) for i in range(40)]
+    rtts = {other.peer_id: 0.1 for other in likely[:6]}
+    asked = [
+        choose_probes(likely, rtts, (0.0, 0.0, 0.0, 0.001), 4, random.Random(seed))
+        for seed in range(20)
+    ]
+    assert all(len({other.peer_id for other in chosen}) == 4 for chosen in asked)
+    assert all("server06" in {other.peer_id for other in chosen} for chosen in asked)
+    assert len({chosen[3].peer_id for chosen in asked}) > 5  # one by lot
 
 
 def neighbours(rtts: dict[str, float]) -> Neighbours:
@@ -92,6 +104,7 @@ def test_rounds_keep_up_with_who_is_there_and_how_far() -> None:
     assert mine.uplink == int(
         1e6 / 0.0123 / 1024
     )  # the best counts: others' lines may be slower than ours
+    assert mine.coordinates is not None
     rtts["nextone0"] = 0.1
     for _ in range(30):
         asyncio.run(mine.look(servers, 8))

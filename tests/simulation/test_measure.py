@@ -67,7 +67,7 @@ def test_percentiles_are_exact_to_two_per_cent() -> None:
 def test_nothing_counts_before_the_warm_up_is_over() -> None:
     measure = Measure(10.0)
     for now in (9.0, 11.0):
-        measure.recovered(now, 1.0)
+        measure.mended(now, 1.0, moved=False)
         measure.decoded(now, np.ones(1), np.ones(1))
         measure.count("moves", now)
         measure.was_blocked(now, 1.0)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from simulation.petals import Entry, PetalsRules, Picture, balance_quality, best_start, shortest
-from simulation.rules import Server, Wanted
-from simulation.world import Leaving, Machine, Place
+from simulation.rules import Server, Stage, Wanted
+from simulation.world import Leaving, Machine, Place, Scenario
 from swarm.dht.records import ServerState
 from swarm.errors import NoRoute
 from swarm.types import BlockRange
 
-HERE = Place(1, 0, 0, 0.0)
+HERE = Place(1, 0, 0, 0.0, 0)
+
+
+def stage(
+    num_blocks: int, client_rtt: Callable[[int, int], float] = lambda one, other: 0.1
+) -> Stage:
+    return Stage(Scenario(num_blocks=num_blocks), lambda one, other: 0.1, client_rtt)
 
 
 def entry(
@@ -73,7 +79,7 @@ def test_quality_is_what_moving_would_change() -> None:
 
 
 def test_who_moves_is_whose_place_is_not_the_best() -> None:
-    rules = PetalsRules(4, 0, lambda one, other: 0.1, lambda client, server: 0.1)
+    rules = PetalsRules(stage(4))
     for index, start in enumerate((0, 0, 0, 2)):
         rules.announce(server(index, start), 0.0)
     picture = rules.picture(0.0)
@@ -123,7 +129,7 @@ def test_a_client_never_measures_who_holds_only_the_first_block() -> None:
         asked.append(server)
         return 0.1
 
-    client = PetalsRules(8, 0, lambda one, other: 0.1, rtt).memory(0)
+    client = PetalsRules(stage(8, rtt)).memory(0)
     picture = Picture([entry(0, "0:1"), entry(1, "1:7"), entry(2, "7:8")], 8)
     for _ in range(50):
         client.look(picture, 0.0)
@@ -131,7 +137,7 @@ def test_a_client_never_measures_who_holds_only_the_first_block() -> None:
 
 
 def test_bans_double_and_are_ignored_when_nobody_else_is_left() -> None:
-    client = PetalsRules(2, 0, lambda one, other: 0.1, lambda client, server: 0.1).memory(0)
+    client = PetalsRules(stage(2)).memory(0)
     picture = Picture([entry(0, "0:2"), entry(1, "0:2", speed=1)], 2)
     wanted = Wanted(BlockRange(0, 2), 10)
     client.failed(server(0, 0), 0.0)

@@ -16,7 +16,8 @@ import pytest
 from simulation.engine import Clock, Swarm
 from simulation.measure import Measure
 from simulation.run import RULES, figures, simulate, table
-from simulation.sessions import Sessions, State
+from simulation.session import State
+from simulation.sessions import Sessions
 from simulation.world import Leaving, Scenario, World, make_world, rtt
 from swarm.dht.records import ServerState
 
