@@ -104,7 +104,7 @@ class Hop:
         self._idle = False  # nothing waits for the stream
         self._tasks: list[asyncio.Task[None]] = []
         self._synced: asyncio.Future[Synced] | None = None
-        self._sync_epoch = 0
+        self._sync_epoch = self._answers = 0  # which is asked for, and how often
         self._handed_over: asyncio.Future[HandedOver] | None = None
 
     def __str__(self) -> str:
@@ -195,9 +195,10 @@ class Hop:
         """Learn where the server stands; one that does not answer counts as dead."""
         while not self._outgoing.empty():  # of an older epoch, and perhaps large
             self._outgoing.get_nowait()
-        if self._redirected:
+        if self._redirected:  # not before it drops older steps, which are not for the new target
+            self.send(Sync(epoch=epoch))
             self.send(Redirect(next=self.pushes_to))
-        await self._ask(epoch, timeout)
+        await self._ask(epoch, timeout, answers=2 if self._redirected else 1)
 
     def point_to(self, target: PushTarget | None) -> None:
         """Have it push to `target`, since the next `sync`."""
@@ -234,9 +235,10 @@ class Hop:
             raise PeerUnavailable(f"{self.endpoint} handed nothing over: {answer.message}")
         return answer.position
 
-    async def _ask(self, epoch: int, timeout: float) -> None:
+    async def _ask(self, epoch: int, timeout: float, answers: int) -> None:
         if not self.alive:
             return
+        self._answers = answers
         self._synced = asyncio.get_running_loop().create_future()
         self._sync_epoch = epoch
         self.send(Sync(epoch=epoch))
@@ -306,7 +308,9 @@ class Hop:
     def _on_synced(self, synced: Synced) -> None:
         asked = self._synced
         if asked is not None and not asked.done() and synced.epoch == self._sync_epoch:
-            asked.set_result(synced)
+            self._answers -= 1
+            if not self._answers:
+                asked.set_result(synced)
 
 
 def endpoint_of(record: ServerRecord) -> Endpoint:

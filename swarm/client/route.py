@@ -185,7 +185,14 @@ class Route:
             for server, blocks in legs
         ]
         new = [hop for hop in hops if not hop.alive]
-        await asyncio.gather(*(self._open(hop, None, 0, listener) for hop in new))
+        targets = [hop.target for hop in hops[1:]] + [None]
+        await asyncio.gather(
+            *(
+                self._open(hop, target, 0, listener)
+                for hop, target in zip(hops, targets, strict=True)
+                if not hop.alive
+            )
+        )
         if not all(hop.alive for hop in new):
             for hop in new:
                 self._blame(hop)
@@ -201,18 +208,15 @@ class Route:
         """Another server for all blocks of a hop, opened and empty; None if none alone has them."""
         why = RemoteProtocolError(ErrorCode.DRAINING, "it is leaving")
         self._router.failed(leaving.endpoint, why)
-        return await self.second(leaving.blocks, frozenset(), terms, listener, leaving.pushes_to)
+        return await self.second(leaving.blocks, frozenset(), terms, listener)
 
     async def second(
-        self,
-        blocks: BlockRange,
-        not_at: frozenset[str],
-        terms: Terms,
-        listener: Listener,
-        target: PushTarget | None = None,
+        self, blocks: BlockRange, not_at: frozenset[str], terms: Terms, listener: Listener
     ) -> Hop | None:
         """An empty session for just these blocks, at none of these peers, beside the one that is in
         use; None if no server alone can."""
+        following = (hop.target for hop in self.hops if hop.blocks.start == blocks.end)
+        target = next(following, None)  # none: it is the last, and answers what is kept only
         for _ in range(_CANDIDATES):
             try:
                 (server, held), *more = self._router.route(blocks, terms, exclude=not_at)

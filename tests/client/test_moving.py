@@ -43,7 +43,7 @@ def test_the_replacement_goes_on_where_the_other_one_was(hop: int) -> None:
         assert after is not before
         assert passes(after) == 0
         twin.step()
-        twin.step(4)
+        twin.step(4, keep=1)
         assert passes(after) == 5, "only what is new"
         assert before.handler.counters.handed_over == after.handler.counters.inherited == 1
         # And what was inherited can be rolled back, and replayed, like anything else.
@@ -236,13 +236,14 @@ def test_between_two_turns_a_better_route_is_taken() -> None:
         house.swarm.router.best = [(s.record, s.record.record.blocks) for s in (kept, *better)]
         twin.step()
         assert twin.session.moves == 0, "in the middle of a text nobody looks"
-        twin.step(5)
+        twin.step(5, keep=1)
         assert twin.session.moves == 1
         assert twin.session.recoveries == 0
         assert [twin.serving(hop) for hop in range(3)] == [kept, *better]
         assert passes(kept) == 27
         twin.step()
-        twin.step(5)
+        twin.step(5, keep=2)
+        twin.step()
         assert twin.session.moves == 1
 
 

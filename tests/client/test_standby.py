@@ -53,6 +53,7 @@ def test_who_stands_by_goes_on_where_the_other_one_was(hop: int) -> None:
         assert twin.session.hops[hop] is spare
         assert passes(server_of(house, spare.peer_id)) - before <= _LAG
         twin.step(4)
+        twin.step(5, keep=1)  # of which the others must have all
         twin.step()
         assert twin.session.recoveries == 1
 
