@@ -79,7 +79,9 @@ class Tending:
         return await self._standbys.take(lost)
 
     def went_back(self, position: int) -> None:
-        """The text is another one from there on."""
+        """The text is another one from there on, also at servers that outlive a recovery."""
+        for hop in self._route.hops:
+            hop.trusted = min(hop.trusted, position)
         self._standbys.went_back(position)
 
     async def dismiss(self, *, for_good: bool = False) -> None:

@@ -51,6 +51,21 @@ def test_after_a_rollback(house: House, hop: int) -> None:
             twin.rollback(0)
 
 
+@pytest.mark.parametrize("keep", [1, 4, None])
+@pytest.mark.parametrize("hop", range(3))
+def test_another_text_after_a_rollback_whoever_dies(
+    house: House, hop: int, keep: int | None
+) -> None:
+    """Who lives holds the former text beyond it, and answers the new one's end only."""
+    with house.twin() as twin:
+        twin.step(20)
+        twin.rollback(5)
+        dead = twin.kill(hop)
+        twin.step(12, keep=keep)
+        twin.step()
+        house.swarm.revive(dead)
+
+
 @pytest.mark.parametrize("hop", range(3))
 def test_beams(house: House, hop: int) -> None:
     with house.twin(batch=3) as twin:
