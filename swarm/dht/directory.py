@@ -48,7 +48,7 @@ _FEW = 64  # servers, up to which all replicas are asked, afterwards one
 class Rng(Protocol):
     """A `random.Random`."""
 
-    def randrange(self, stop: int) -> int: ...
+    def randrange(self, stop: int, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

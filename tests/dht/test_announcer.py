@@ -3,9 +3,11 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
+from swarm.dht import directory as directory_module
 from swarm.dht.announcer import REGISTRY_ENTRIES, Announcer, should_register
 from swarm.dht.memory import MemoryDht, Values
 from swarm.dht.records import REGISTRY, ServerRecord, ServerState, keys_of, open_record
@@ -180,3 +182,58 @@ def test_private_records_are_sealed() -> None:
         assert ALICE.public_key not in published.data
 
     asyncio.run(scenario())
+
+
+class Crowded(Server):
+    """Among others, whose records are not really signed, as keys take long to make."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, others: int, bits: int) -> None:
+        super().__init__()
+        like = record(ALICE, page_bits=bits)
+        self.others = {
+            str(i).encode(): like.model_copy(update={"peer_id": f"other{i}"}) for i in range(others)
+        }
+        really = directory_module.open_record
+
+        def opened(data: bytes, **options: Any) -> ServerRecord:
+            return self.others.get(data) or really(data, **options)
+
+        monkeypatch.setattr(directory_module, "open_record", opened)
+        for count, (name, other) in enumerate(self.others.items()):
+            for key in keys_of(other, None)[: None if count < REGISTRY_ENTRIES else -1]:
+                self.dht.values.setdefault(key, {})[other.peer_id] = (name, NOW + 1e6)
+
+    def publish(self) -> int:
+        """How many bits its page has then."""
+        return asyncio.run(self.announcer.publish()).record.page_bits
+
+
+@pytest.mark.parametrize(("others", "bits", "chosen"), [(5, 0, 0), (40, 0, 1), (300, 4, 4)])
+def test_a_newcomer_finds_out_how_finely_the_others_cut(
+    monkeypatch: pytest.MonkeyPatch, others: int, bits: int, chosen: int
+) -> None:
+    server = Crowded(monkeypatch, others, bits)
+    assert server.publish() == chosen
+    (keys, _), *_ = server.dht.stores
+    assert len(keys) <= 4
+    assert set(keys) <= set(keys_of(server.told[0], None))
+
+
+def test_a_server_follows_the_others_and_looks_at_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Crowded(monkeypatch, 600, 5)
+    server.announcer._bits, server.announcer._bucket = 1, 0  # from when there were few
+    assert [server.publish() for _ in range(40)][-1] in (4, 5)
+    assert sum(map(len, server.dht.asked)) < 2.5 * 40
+    assert sum(REGISTRY in keys for keys in server.dht.asked) <= 4
+
+
+def test_where_there_is_no_room_a_server_goes_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Crowded(monkeypatch, 256, 0)
+    server.announcer._bucket = 0  # it was here before the others came, and does not count them
+
+    async def refuse(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(server.dht, "store", refuse)
+    server.publish()
+    assert server.announcer._bits == 1
