@@ -66,7 +66,8 @@ GPUS = (
 )
 """Memory, its bandwidth and the most power (SXM where there are several), as they are commonly
 listed. Entered by hand in November 2026; eight of them compared with third-party pages, none with
-its maker's own."""
+its maker's own. The rent is RunPod's on demand in March 2026, by
+https://deploybase.ai/articles/runpod-gpu-pricing. Rents move by tens of per cents within months."""
 
 
 @dataclass(frozen=True, slots=True)
