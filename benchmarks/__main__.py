@@ -29,6 +29,7 @@ from benchmarks import (
     drafts,
     failover,
     families,
+    finetune,
     first_light,
     hop,
     links,
@@ -62,6 +63,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "start": start.measure,
     "first_light": first_light.measure,
     "failover": failover.measure,
+    "finetune": finetune.measure,
     "monitor": monitor.measure,
     "api": api.measure,
 }
