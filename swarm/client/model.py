@@ -94,8 +94,7 @@ class AutoDistributedModel:
         model.__class__ = distributed_class(type(model))
         cast(Any, model).remote_blocks = blocks
         if mode is not None:
-            embeddings = cast(Any, model).get_input_embeddings().weight
-            blocks.prompts = SoftPrompts(mode, length, len(blocks), embeddings)
+            blocks.prompts = _prompts(model, blocks, mode, length)
         return model
 
 
@@ -119,3 +118,7 @@ def _dtype_name(dtype: str | torch.dtype) -> DType | None:
     if name not in ("float32", "bfloat16", "float16"):
         raise UsageError(f"dtype {dtype} is not auto, float32, bfloat16 or float16")
     return name
+
+
+def _prompts(model: Any, blocks: RemoteBlocks, mode: str, length: int) -> SoftPrompts:
+    return SoftPrompts(mode, length, len(blocks), model.get_input_embeddings().weight)
