@@ -62,10 +62,11 @@ class Town:
     def peer_ids(self) -> set[str]:
         return {server.peer_id for server in self.servers.values()}
 
-    def is_seen_by(self, *peers: str) -> bool:
-        """By a new client, here, that joins by these."""
+    def wait_until_seen_by(self, *peers: str) -> None:
+        """By a new client, here, that joins by these; it may have to see records advance."""
         try:
-            return set(see(SwarmNetwork.connect(peers, None))) == self.peer_ids
+            network = SwarmNetwork.connect(peers, None)
+            wait_until(lambda: set(see(network)) == self.peer_ids, 60.0)
         finally:
             SwarmNetwork.leave_all()
 
@@ -86,7 +87,7 @@ def test_clocks_that_are_wrong_by_an_hour_hide_nobody(town: Town) -> None:
     for client in town.clients:
         wait_until(lambda client=client: client.see() == town.peer_ids)
         assert tells(client, 4)
-    assert town.is_seen_by(town.bootstrap.peers)
+    town.wait_until_seen_by(town.bootstrap.peers)
 
 
 def test_a_server_that_is_started_again_is_welcomed_at_once(town: Town) -> None:
@@ -106,13 +107,13 @@ def test_the_swarm_goes_on_without_its_bootstrap_node_and_meets_it_again(town: T
     town.bootstrap.kill()
     early, late = (server.peers for server in town.servers.values())
     for peers in (early, late):  # whoever is there can be joined by
-        wait_until(lambda peers=peers: town.is_seen_by(peers))
+        town.wait_until_seen_by(peers)
     for client in town.clients:
         wait_until(lambda client=client: client.see() == town.peer_ids)
         assert tells(client, 4)
     port = town.bootstrap.peers.split("/")[4]
     town.bootstrap = town.start_bootstrap(port).ready()
-    wait_until(lambda: town.is_seen_by(town.bootstrap.peers))
+    town.wait_until_seen_by(town.bootstrap.peers)
 
 
 def test_a_client_that_slept_while_everybody_was_replaced_goes_on(town: Town) -> None:
@@ -125,7 +126,7 @@ def test_a_client_that_slept_while_everybody_was_replaced_goes_on(town: Town) ->
     town.servers = {span: town.start_server(span, f"new {span}") for span in SPANS}
     for server in town.servers.values():
         server.ready()
-    wait_until(lambda: town.is_seen_by(town.bootstrap.peers))  # and nobody else: records died
+    town.wait_until_seen_by(town.bootstrap.peers)  # and nobody else: records died
     go_on(client)
     assert [*map(int, told), *client.told()] == expected(LONG)
     wait_until(lambda: client.see() == town.peer_ids)
