@@ -73,6 +73,7 @@ def shares(liar: Liar) -> tuple[float, float]:
     openings: Counter[tuple[bool, bool]] = Counter()  # early? at the liar?
     for now, client in sessions:
         book = books[client]
+        names = list[str]()
         for _ in range(TRIES):
             hops = find_route(chart, request("0:24"), book, now, tiebreak=rng.random())
             names = [hop.server.record.peer_id for hop in hops]
