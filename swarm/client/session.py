@@ -137,6 +137,8 @@ class RemoteSession:
         try:
             await self._finish(pending)
             self.position = pending.end
+            for hop in self.hops:
+                hop.trusted = pending.end
             self.tending.step_done(self.position)
             answer = pending.answer.read(pending.wanted, pending.end)
             return answer[:, -keep:] if keep else answer
@@ -251,7 +253,7 @@ class RemoteSession:
             step = step.model_copy(update={"keep": pending.keep(begin, end)})
             if not ends:
                 for hop in self.hops:
-                    hop.position, hop.trusted = begin, pending.end
+                    hop.position = hop.trusted = begin  # until it is known to have heard of it
             self._sent[step.step] = Sent(step, set(self.hops), end, flight)
             first.send(step)
             ends.append(end)
@@ -382,6 +384,9 @@ class RemoteSession:
             await self._router.refresh()
         self._check_open()
         text.borders.move(hop.blocks.start for hop in self.hops)
+        for hop in self.hops:
+            if self._pending is not None and hop.last_step > self._pending.first_number:
+                hop.trusted = self._pending.end  # it went back as far as it was to
         await self.tending.settle_in()
         # What a server had not begun when the epoch began, it has dropped.
         for number, sent in list(self._sent.items()):

@@ -93,7 +93,7 @@ class Feed:
         first = not self._ends
         step = self._text.step(self.hop, low, high, reorder=reorder if first else None, crop=first)
         if first:
-            self.hop.position, self.hop.trusted = low, self._end
+            self.hop.position = self.hop.trusted = low
         keep = high - self.known if low < self.known < high else None
         self._ends.append(high)
         self._next = next(self._pieces, None)

@@ -67,6 +67,29 @@ def test_another_text_after_a_rollback_whoever_dies(
 
 
 @pytest.mark.parametrize("hop", range(3))
+def test_another_text_that_only_some_servers_have_heard_of(house: House, hop: int) -> None:
+    """Whoever has not heard of it when another one dies still holds the former text."""
+    with house.twin() as twin:
+        twin.step(20)
+        twin.rollback(5)
+        victim = twin.serving(hop)
+
+        def fits(source: str, destination: str, method: str, message: Message) -> bool:
+            return isinstance(message, Step) and victim.peer_id == destination
+
+        async def die() -> Fate:
+            house.swarm.network.cut(victim.endpoint)
+            return Fate.BREAK
+
+        trap = house.swarm.trap(fits, die)
+        twin.step(12, keep=1)
+        assert trap.sprung
+        house.swarm.no_trap()
+        twin.step()
+        house.swarm.revive(victim)
+
+
+@pytest.mark.parametrize("hop", range(3))
 def test_beams(house: House, hop: int) -> None:
     with house.twin(batch=3) as twin:
         twin.step(6)
