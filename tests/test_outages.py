@@ -21,6 +21,7 @@ from tests.waits import wait_until
 HOUR = 3600.0
 SPANS = {"0:12": HOUR, "12:24": -HOUR}
 LONG = 60
+pytestmark = pytest.mark.timeout(300)  # as many programs start, on a machine that may be busy
 
 
 @cache

@@ -13,6 +13,7 @@ from tests.test_outages import expected
 from tests.waits import wait_until
 
 COUNT = 12
+pytestmark = pytest.mark.timeout(300)  # five programs start, on a machine that may be busy
 
 
 class Half:
