@@ -23,6 +23,7 @@ HOUSES = (
     "scripts",
     "benchmarks",
     "simulation",
+    "examples",
     "tests",
 )  # not the links at the top, or all counts twice
 
