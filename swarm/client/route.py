@@ -186,13 +186,17 @@ class Route:
         ]
         new = [hop for hop in hops if not hop.alive]
         targets = [hop.target for hop in hops[1:]] + [None]
-        await asyncio.gather(
-            *(
-                self._open(hop, target, 0, listener)
-                for hop, target in zip(hops, targets, strict=True)
-                if not hop.alive
+        try:
+            await asyncio.gather(
+                *(
+                    self._open(hop, target, 0, listener)
+                    for hop, target in zip(hops, targets, strict=True)
+                    if not hop.alive
+                )
             )
-        )
+        except asyncio.CancelledError:
+            await asyncio.gather(*(hop.close() for hop in new))
+            raise
         if not all(hop.alive for hop in new):
             for hop in new:
                 self._blame(hop)

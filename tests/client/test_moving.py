@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swarm.fakes import Fate
-from swarm.messages import HandOver, Heritage, Inherit, Message, Step
+from swarm.messages import HandOver, Heritage, Inherit, Message, Open, Step
 from swarm.server import handler
 from tests.client.twins import THIRDS, House, Twin
 from tests.inprocess import Server
@@ -257,6 +257,38 @@ def test_a_better_route_that_cannot_be_opened_changes_nothing() -> None:
         twin.step(5)
         assert list(twin.session.hops) == before
         assert twin.session.moves == twin.session.recoveries == 0
+
+
+def test_who_is_left_alone_while_a_better_route_is_opened_leaves_nothing_behind() -> None:
+    """The quiet swarm at the end is what is asserted: no session, and no task, of those opened."""
+
+    def fits(source: str, destination: str, method: str, message: Message) -> bool:
+        return isinstance(message, Open) and opening.peer_id == destination
+
+    async def act() -> Fate:
+        step.cancel()
+        return Fate.DELIVER
+
+    with House() as house, house.twin() as twin:
+        twin.step(20)
+        before = list(twin.session.hops)
+        others = [s for s in house.servers if s.peer_id not in {hop.peer_id for hop in before}]
+        opening = others[-1]
+        house.swarm.router.best = [(s.record, s.record.record.blocks) for s in others]
+        house.swarm.trap(fits, act)
+
+        async def cancelled() -> None:
+            nonlocal step
+            remote = twin.session.remote(1)
+            step = asyncio.ensure_future(remote.step(torch.zeros(1, 5, twin.span.hidden_size)))
+            with pytest.raises(asyncio.CancelledError):
+                await step
+
+        step: asyncio.Future[torch.Tensor]
+        house.swarm.loop.call(cancelled())
+        assert list(twin.session.hops) == before
+        house.swarm.router.best = None
+        twin.step(2)
 
 
 def test_a_hop_that_became_slow_is_left_in_the_middle_of_a_text() -> None:
