@@ -84,11 +84,17 @@ def test_waiting_has_an_end() -> None:
             twin.step(5)
 
 
-def test_a_busy_peer_is_left_alone_for_as_long_as_it_says_and_not_longer() -> None:
+def test_a_busy_peer_is_left_alone_for_as_long_as_it_says_and_longer_each_time() -> None:
     book = PeerBook(random.Random(0))
-    for _ in range(5):  # unlike failures, which ban for twice as long each time
-        book.busy("p", 100.0, 2.0)
+    book.busy("p", 100.0, 2.0)
     assert "p" in book.banned(101.99)
+    assert "p" not in book.banned(100.0 + 2.0 * 1.25)
+    for _ in range(3):  # or one that always says "soon" would be asked for ever
+        book.busy("p", 100.0, 2.0)
+    assert "p" in book.banned(107.99)
+    assert "p" not in book.banned(100.0 + 8.0 * 1.25)
+    book.worked("p", 1, 0.1)
+    book.busy("p", 100.0, 2.0)
     assert "p" not in book.banned(100.0 + 2.0 * 1.25)
     assert book.failures("p") == 0
     book.busy("q", 100.0, None)

@@ -222,7 +222,9 @@ def test_it_pushes_only_to_servers_of_the_very_same_model(config: ServerConfig) 
             changed = ModelId("tiny-llama", "0" * 64)
             with pytest.raises(InvalidRecord, match="another model"):
                 node.resolve(target(model=changed))
-            forged = target().model_copy(update={"record": target().record[:-1] + b"\0"})
+            signed = target()
+            other_end = signed.record[:-1] + bytes([signed.record[-1] ^ 1])
+            forged = signed.model_copy(update={"record": other_end})
             with pytest.raises(InvalidRecord):
                 node.resolve(forged)
 
