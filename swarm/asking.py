@@ -7,7 +7,7 @@ import secrets
 import time
 
 from swarm.errors import ErrorCode, RemoteProtocolError
-from swarm.identity import Access, opening_transcript
+from swarm.identity import Access
 from swarm.messages import MAX_PADDING, Info, InfoRequest, Refused
 from swarm.transport import Endpoint, Transport
 from swarm.wire import decode, encode
@@ -53,9 +53,8 @@ async def _timed(
 
 
 def _question(access: Access, endpoint: Endpoint, padding: bytes = b"") -> bytes:
-    nonce, key = secrets.token_bytes(16), access.identity.public_key
-    signed = opening_transcript(endpoint.peer_id, endpoint.certificate_digest, nonce, key)
-    credentials = access.sign_opening(signed)
+    nonce = secrets.token_bytes(16)
+    credentials = access.sign_for(endpoint.peer_id, endpoint.certificate_digest, nonce)
     return encode(InfoRequest(nonce=nonce, credentials=credentials, padding=padding))
 
 

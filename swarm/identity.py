@@ -261,6 +261,11 @@ class Access:
             proof=self.swarm_key.prove(transcript) if self.swarm_key else b"",
         )
 
+    def sign_for(self, peer_id: str, certificate_digest: bytes, session_id: bytes) -> Credentials:
+        """For this server, this certificate and this session (or question) only."""
+        key = self.identity.public_key
+        return self.sign_opening(opening_transcript(peer_id, certificate_digest, session_id, key))
+
     def check_opening(self, transcript: bytes, credentials: Credentials) -> str:
         """The opener's peer id. Raises AuthenticationError with a sentence for the log.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -90,9 +91,9 @@ class Asked(BaseModel):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many of the likeliest tokens to tell with each; None: nothing about probabilities."""
-        raise NotImplementedError
 
 
 class CompletionAsked(Asked):

@@ -19,7 +19,7 @@ from swarm.errors import (
     SwarmError,
     afresh,
 )
-from swarm.identity import Access, opening_transcript
+from swarm.identity import Access
 from swarm.messages import (
     HAND_OVER,
     MAX_TOKENS,
@@ -142,7 +142,7 @@ class Hop:
             self.lose(SessionClosed("nobody waits for it any more"))
             raise
         if isinstance(message, Refused):
-            self.lose(_refusal(message))
+            self.lose(refusal(message))
         if self.failure is not None:  # perhaps lost while it was opened
             stream.cancel()
             return
@@ -159,12 +159,6 @@ class Hop:
 
     def _opening(self, access: Access, next_target: PushTarget | None) -> Open:
         terms, session_id = self._terms, self.target.session_id
-        transcript = opening_transcript(
-            self.peer_id,
-            self.endpoint.certificate_digest,
-            session_id,
-            access.identity.public_key,
-        )
         return Open(
             model=terms.model.name,
             fingerprint=terms.model.fingerprint,
@@ -180,7 +174,7 @@ class Hop:
             next=next_target,
             capabilities=(HAND_OVER,),
             trace_id=terms.trace_id,
-            credentials=access.sign_opening(transcript),
+            credentials=access.sign_for(self.peer_id, self.endpoint.certificate_digest, session_id),
         )
 
     def send(self, message: Message) -> None:
@@ -298,7 +292,7 @@ class Hop:
                         if self._handed_over is not None and not self._handed_over.done():
                             self._handed_over.set_result(answer)
                     case Refused() as refused:
-                        raise _refusal(refused)
+                        raise refusal(refused)
                     case _:
                         raise AssertionError
         except SwarmError as error:
@@ -325,7 +319,8 @@ async def _next(stream: Stream) -> Message:
     return decode(frame)
 
 
-def _refusal(message: Refused) -> RemoteProtocolError:
+def refusal(message: Refused) -> RemoteProtocolError:
+    """What a server said, as an error of ours."""
     return RemoteProtocolError(
         ErrorCode(message.code),
         message.message,

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from swarm.asking import ask
-from swarm.client.hop import Terms, endpoint_of
-from swarm.client.training_loans import refused
+from swarm.client.hop import Terms, endpoint_of, refusal
 from swarm.client.training_plan import Leg
 from swarm.config import ClientConfig
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
-from swarm.identity import Access, opening_transcript
+from swarm.identity import Access
 from swarm.messages import Message, Opened, Piece, Refused, Train, Trained
 from swarm.messages_training import TensorSpec
 from swarm.pieces import Gathering, in_pieces, spec_of
@@ -63,10 +62,6 @@ class Post:
         self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], loan: bytes | None
     ) -> Train:
         terms, session_id = self.terms, secrets.token_bytes(16)
-        public_key = self.access.identity.public_key
-        transcript = opening_transcript(
-            endpoint.peer_id, endpoint.certificate_digest, session_id, public_key
-        )
         return Train(
             model=terms.model.name,
             fingerprint=terms.model.fingerprint,
@@ -81,7 +76,9 @@ class Post:
             tensors={name: spec_of(tensor) for name, tensor in tensors.items()},
             deadline_ms=int(1e3 * _LONGEST),
             trace_id=terms.trace_id,
-            credentials=self.access.sign_opening(transcript),
+            credentials=self.access.sign_for(
+                endpoint.peer_id, endpoint.certificate_digest, session_id
+            ),
         )
 
     async def _exchange(
@@ -124,5 +121,5 @@ class Post:
             raise PeerUnavailable(f"{endpoint} ended the stream")
         message = conversation.receive(decode(frame))
         if isinstance(message, Refused):
-            raise refused(message)
+            raise refusal(message)
         return message

@@ -7,9 +7,9 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from swarm.client.hop import Terms
+from swarm.client.hop import Terms, refusal
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError
-from swarm.identity import Access, opening_transcript
+from swarm.identity import Access
 from swarm.messages import Bundle, Lend, Lent, Message, Open, Refused
 from swarm.messages_training import BundleSpec
 from swarm.models.adapters import digest_of
@@ -73,10 +73,7 @@ class Lender:
                 stream.cancel()
 
     def _request(self, endpoint: Endpoint, specs: Sequence[BundleSpec], name: bytes) -> Lend:
-        terms, public_key = self.terms, self.access.identity.public_key
-        transcript = opening_transcript(
-            endpoint.peer_id, endpoint.certificate_digest, name, public_key
-        )
+        terms = self.terms
         return Lend(
             model=terms.model.name,
             fingerprint=terms.model.fingerprint,
@@ -84,7 +81,7 @@ class Lender:
             quantization=terms.numerics.quantization,
             session_id=name,
             bundles=tuple(specs),
-            credentials=self.access.sign_opening(transcript),
+            credentials=self.access.sign_for(endpoint.peer_id, endpoint.certificate_digest, name),
         )
 
     async def _send(self, stream: Stream, block: int, data: bytes) -> None:
@@ -102,15 +99,9 @@ class Lender:
             raise PeerUnavailable("the server ended a loan")
         message = conversation.receive(decode(frame))
         if isinstance(message, Refused):
-            raise refused(message)
+            raise refusal(message)
         assert isinstance(message, Lent)
         return message.missing
-
-
-def refused(message: Refused) -> RemoteProtocolError:
-    return RemoteProtocolError(
-        ErrorCode(message.code), message.message, retry_after=message.retry_after
-    )
 
 
 @dataclass(slots=True)
