@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from swarm.api.keys import Grant
 from swarm.dht.records import SignedRecord
@@ -287,6 +287,23 @@ def test_markdown_is_drawn(fake: tuple[Script, str], script: Script, visit: Visi
     link = body.locator("a")
     assert link.get_attribute("rel") == "noopener noreferrer nofollow"
     assert violations(page) == []
+
+
+def test_what_is_asked_before_the_models_are_known_waits_for_them(
+    fake: tuple[Script, str], visit: Visit
+) -> None:
+    page = visit(fake[1])
+    held: list[Route] = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    with page.expect_request("**/v1/models"):
+        page.reload()
+    with page.expect_request("**/v1/models"):
+        ask(page, "Hello")
+    page.keyboard.press("Enter")  # impatiently: it is asked once
+    for route in held:
+        route.continue_()
+    answered(page)
+    expect(page.locator(".said.user")).to_have_count(1)
 
 
 def test_a_hostile_name_of_a_server_stays_in_its_place(

@@ -316,12 +316,12 @@ function theme(choice) {
 }
 
 function listen() {
-  $('composer').addEventListener('submit', (event) => {
+  $('composer').addEventListener('submit', async (event) => {
     event.preventDefault();
     if (writing) return stop();
+    if (!$('model').value) await findModels(); // asked before the page knew of any
     const text = $('ask').value;
-    if (!text.trim()) return;
-    if (!$('model').value) return void findModels();
+    if (writing || !text.trim() || !$('model').value) return;
     $('ask').value = '';
     ask(text);
   });
