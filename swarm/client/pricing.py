@@ -84,9 +84,11 @@ class Holders:
             share = (_BATCH * speed / batch - 1) / (_BATCH - 1)
         known = (batch > 0) & (speed > 0)
         self.row_share = np.where(known, np.clip(share, _LEAST_SHARE, 1.0), _ROW_SHARE)
+        self.usual_row_share = float(np.median(self.row_share)) if records else _ROW_SHARE
+        self.usual_count = float(np.median(self.count)) if records else 1.0
         self.borders: list[int] = np.unique(np.concatenate([self.start, self.end])).tolist()
-        self.starting = {b: np.flatnonzero(self.start == b) for b in self.borders}
-        self.ending = {b: np.flatnonzero(self.end == b) for b in self.borders}
+        self.before = {b: self.of_block(b - 1) for b in self.borders}
+        self.after = {b: self.of_block(b) for b in self.borders}
         uplink = np.array([1024.0 * record.uplink for record in records])
         usual = np.median(uplink[uplink > 0]) if uplink.any() else np.inf
         self.sending = 1 / np.where(uplink > 0, uplink, usual)  # seconds per byte
@@ -95,6 +97,10 @@ class Holders:
             if record.coordinates is not None:
                 self.places[place] = unpack(record.coordinates)
         self.ways = Ways(self)
+
+    def of_block(self, block: int) -> Places:
+        """Who holds it."""
+        return np.flatnonzero((self.start <= block) & (block < self.end))
 
 
 class Ways:
@@ -112,6 +118,7 @@ class Ways:
             for server in holders.servers
         ]
         count = len(holders.ids)
+        self.complete = not np.isnan(holders.places).any()
         self._points, self._heights = holders.places[:, :3], holders.places[:, 3]
         self._squares = (self._points * self._points).sum(1)
         self._row = np.full(count, -1)  # of `_table`
@@ -119,13 +126,15 @@ class Ways:
         self._filled = 0
 
     def between(self, sources: Places, targets: Places) -> NDArray[np.float32]:
-        """[sources, targets]; not more than `_ROWS` sources."""
-        missing = sources[self._row[sources] < 0]
-        if len(missing):
+        """[sources, targets], the caller's own; not more than `_ROWS` sources."""
+        rows = self._row.take(sources)
+        if rows.min() < 0:
+            missing = sources[rows < 0]
             if self._filled + len(missing) > len(self._table):
                 self._row[:], self._filled, missing = -1, 0, sources
             self._fill(missing)
-        return self._table[self._row[sources][:, None], targets]
+            rows = self._row.take(sources)
+        return self._table.take(rows, 0).take(targets, 1)
 
     def _fill(self, sources: Places) -> None:
         begin, self._filled = self._filled, self._filled + len(sources)
@@ -243,10 +252,11 @@ class Prices:
             away = self.holders.places[:, :3] - np.array(book.coordinates[:3])
             told = np.sqrt((away * away).sum(1)) + self.holders.places[:, 3] + book.coordinates[3]
             self.rtt = np.where(self.rtt_known, self.rtt, _ESTIMATED * told)
-        self.placed = ~np.isnan(self.rtt)
-        self._all_placed = bool(self.placed.all())
+        unknown = np.isnan(self.rtt)
+        self._half = (self._steps / 2 * self.rtt).astype(np.float32)  # nan: not known
+        self._all_known = self.holders.ways.complete and not unknown.any()
         usual = rtts[int(_QUANTILE * len(rtts))] if len(rtts) >= _MEASURED else _UNKNOWN_RTT
-        self.rtt = np.where(self.placed, self.rtt, usual)
+        self.rtt[unknown] = usual
 
     def _seconds(self, request: Request, believing: NDArray[np.bool_]) -> None:
         """Of a decode step and of a position of a prompt, in one block."""
@@ -254,7 +264,7 @@ class Prices:
         bound = np.where(believing, 1 / _BELIEVED, 1.0)
         silent = max(_UNKNOWN_BLOCK_SECONDS, self.usual)
         claim = np.fmax(holders.claimed, bound * self.usual)
-        share = np.fmax(holders.row_share, bound * np.median(holders.row_share))
+        share = np.fmax(holders.row_share, bound * holders.usual_row_share)
         crowd = 1 + share * (holders.queue + request.rows - 1)
         # What we measured ourselves was in the company of others already.
         claim = np.where(np.isnan(holders.claimed), silent, claim) * crowd
@@ -282,23 +292,22 @@ class Prices:
         fixed = request.steps * (self.rtt + self.wait) + carrying + ~self.has_room * _NO_ROOM
         work = request.new_tokens * self.block_seconds + request.prompt_tokens * self.token_seconds
         # Whoever claims more blocks than usual would spare us hops: those are charged all the same.
-        spared = np.fmax(0.0, 1 / np.median(holders.count) - 1 / holders.count)
+        spared = np.fmax(0.0, 1 / holders.usual_count - 1 / holders.count)
         work += request.steps * self.rtt * np.where(believing | ~np.isnan(self.own), 0.0, spared)
         self.fixed = doubt * fixed
         self.per_block = doubt * work
 
-    def extras(self, sources: Places, targets: Places) -> Floats:
+    def extras(self, sources: Places, targets: Places) -> NDArray[np.float32]:
         """[sources, targets]: seconds for coming from one to the other otherwise than by way of the
         client. No RTT is less than the difference of our own to the two."""
-        here, there = self.rtt[sources][:, None], self.rtt[targets]
-        ways, by_us = self.holders.ways.between(sources, targets), here + there
-        unknown = ways == np.inf
-        if not self._all_placed:
-            unknown |= ~self.placed[sources][:, None] | ~self.placed[targets]
-        rtts = np.maximum(ways, np.abs(here - there))
-        if unknown.any():
-            rtts = np.where(unknown, by_us, rtts)
-        return (rtts - by_us) * (self._steps / 2)
+        here, there = self._half.take(sources)[:, None], self._half.take(targets)
+        extras = self.holders.ways.between(sources, targets)
+        extras *= self._steps / 2
+        extras -= here + there
+        np.maximum(extras, -2 * np.minimum(here, there), out=extras)  # |here - there|, of the same
+        if not self._all_known:
+            extras[~np.isfinite(extras)] = 0.0
+        return extras
 
     def cover(self, blocks: BlockRange) -> bool:
         """Whether each block is held by somebody usable."""

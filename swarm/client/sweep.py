@@ -8,9 +8,11 @@ chains so far are gone on from, which is all of them in small swarms; so there t
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
-from swarm.client.pricing import Floats, Places, Prices
+from swarm.client.pricing import Places, Prices
 from swarm.types import BlockRange
 
 _SOURCES = 8
@@ -25,53 +27,51 @@ def cheapest(prices: Prices, blocks: BlockRange) -> Chain:
 
 
 class _Sweep:
-    """At each border, `cost` is the least that it takes to be in a server, which was then entered
-    at the border and after the server that `entry` tells (`count * index + place`)."""
+    """At each border, `cost` is the least that it takes to be in a server that holds the block
+    before it; the server was then entered at the border and after the server that `entry` tells
+    (`count * index + place`)."""
 
     def __init__(self, prices: Prices, blocks: BlockRange) -> None:
-        self._prices, self._holders, self._blocks = prices, prices.holders, blocks
+        self._prices, self._holders = prices, prices.holders
         inside = [b for b in self._holders.borders if blocks.start < b < blocks.end]
         self._borders = [blocks.start, *inside, blocks.end]
         self._count = len(prices.fixed)
+        self._fee = np.where(prices.usable, prices.fixed, np.inf)
         self._cost = np.full(self._count, np.inf)
         self._entry = np.zeros(self._count, np.int64)
         self._past: list[Places] = []  # `entry` when a border was reached
 
     def run(self) -> Chain:
-        holders, prices, start = self._holders, self._prices, self._blocks.start
-        fixed = np.where(prices.usable, prices.fixed, np.inf)
-        fee = np.where((holders.start <= start) & (start < holders.end), fixed, np.inf)
-        self._cost[:] = fee  # `entry` is 0: at the first border
-        self._past.append(self._entry)
-        best = 0
-        for index, border in enumerate(self._borders[1:], 1):
-            self._cost += prices.per_block * (border - self._borders[index - 1])
+        first, last = self._borders[0], self._borders[-1]
+        here = self._holders.of_block(first)
+        self._cost[here] = self._fee[here]  # `entry` is 0: at the first border
+        for index, (start, border) in enumerate(pairwise(self._borders), 1):
+            self._cost += self._prices.per_block * (border - start)
             self._past.append(self._entry.copy())
-            best = int(self._cost.argmin())
-            if border == self._blocks.end:
-                break
-            starting, ending = holders.starting[border], holders.ending[border]
-            fee[starting] = fixed[starting]
-            fee[ending] = np.inf
-            targets = (fee < np.inf).nonzero()[0]
-            costs, before = self._entries(targets, fee)
-            self._cost[ending] = np.inf
-            better = (costs < self._cost[targets]).nonzero()[0]
-            self._cost[targets[better]] = costs[better]
-            self._entry[targets[better]] = self._count * index + before[better]
-        return self._trace(len(self._borders) - 1, best)
+            if border < last:
+                self._enter(index, border)
+        ending = self._holders.of_block(last - 1)
+        return self._trace(len(self._borders) - 1, int(ending[self._cost[ending].argmin()]))
 
-    def _entries(self, targets: Places, fee: Floats) -> tuple[Floats, Places]:
-        """What it takes to be in each of these when it is entered here, and whom to come from."""
-        sources = self._cost.argpartition(min(_SOURCES, self._count) - 1)[:_SOURCES]
-        costs = self._prices.extras(sources, targets) + self._cost[sources][:, None]
-        before = costs.argmin(0)
-        return costs[before, np.arange(len(targets))] + fee[targets], sources[before]
+    def _enter(self, index: int, border: int) -> None:
+        """Go on from the least costly ones to all that are entered at less than before."""
+        sources, targets = self._holders.before[border], self._holders.after[border]
+        costs = self._cost.take(sources)
+        if len(sources) > _SOURCES:
+            least = costs.argpartition(_SOURCES)[:_SOURCES]
+            sources, costs = sources.take(least), costs.take(least)
+        ways = self._prices.extras(sources, targets) + costs[:, None]
+        cost = np.minimum.reduce(ways) + self._fee.take(targets)
+        better = (cost < self._cost.take(targets)).nonzero()[0]
+        if len(better):
+            entered, source = targets.take(better), sources[ways[:, better].argmin(0)]
+            self._cost[entered] = cost.take(better)
+            self._entry[entered] = self._count * index + source
 
     def _trace(self, index: int, place: int) -> Chain:
         chain: Chain = []
         while index:
-            entered, before = divmod(int(self._past[index][place]), self._count)
+            entered, before = divmod(int(self._past[index - 1][place]), self._count)
             chain.append((place, BlockRange(self._borders[entered], self._borders[index])))
             index, place = entered, before
         return chain[::-1]
