@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -33,6 +33,10 @@ from swarm.types import BlockRange
 T = TypeVar("T")
 
 _PART_TOKENS = 128  # at least, of a part of a batch; one text may have more
+# At least, that its first server has to compute: a part costs client and server about 10 ms besides,
+# and small products are slow (model A, 8 x 128 tokens back and forth in 8, 4 and 2 parts: 2.0, 1.8
+# and 1.3 s of processors; docs/finetuning.md).
+_PART_SECONDS = 0.03
 _PARTS = 16  # of a batch, at most
 _PAUSE = 0.1  # seconds between two looks for somebody who serves the blocks
 _ROWS = ("hidden", "gradient")  # belong to single texts; other tensors to all together
@@ -140,7 +144,11 @@ class TrainingClient:
         rows, tokens, _ = batch.hidden.shape
         if self.post.terms.whole_steps:  # numbers follow the longest text of all
             return [batch]
-        count = max(1, min(rows, _PARTS, ceil(rows * tokens / _PART_TOKENS)))
+        servers = self.market.holders(self.post.terms)
+        leg = self.workers.next_leg(servers, batch.blocks, rows * tokens)
+        seconds = inf if leg is None else self.workers.work(leg, rows * tokens)
+        enough = min(rows * tokens / _PART_TOKENS, seconds / _PART_SECONDS)
+        count = max(1, min(rows, _PARTS, ceil(enough)))
         cuts = [rows * i // count for i in range(count + 1)]
         return [batch.rows(*ends) for ends in pairwise(cuts)]
 

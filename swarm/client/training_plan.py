@@ -69,11 +69,11 @@ class Workers:
     def expected(self, leg: Leg, tokens: float) -> float:
         """Seconds until that would be done."""
         worker = self._workers.get(leg.server.record.peer_id, _Worker())
-        return worker.queued + _HOP + self._work(leg, tokens)
+        return worker.queued + _HOP + self.work(leg, tokens)
 
     def give(self, leg: Leg, tokens: float) -> float:
         """It is on its way there. Returns what to `take` back when it was answered, or failed."""
-        work = self._work(leg, tokens)
+        work = self.work(leg, tokens)
         self._workers.setdefault(leg.server.record.peer_id, _Worker()).queued += work
         return work
 
@@ -84,12 +84,13 @@ class Workers:
     def took(self, leg: Leg, tokens: float, seconds: float) -> None:
         """It answered so long after it was given that, with `queued` others before it."""
         worker = self._workers[leg.server.record.peer_id]
-        own = self._work(leg, tokens)
+        own = self.work(leg, tokens)
         share = own / max(own, worker.queued)  # of what was there, ours among it
         seen = seconds * share / (tokens * len(leg.blocks))
         worker.pace = seen if worker.pace is None else _MEMORY * worker.pace + (1 - _MEMORY) * seen
 
-    def _work(self, leg: Leg, tokens: float) -> float:
+    def work(self, leg: Leg, tokens: float) -> float:
+        """Seconds that it has to compute for that."""
         record = leg.server.record
         worker = self._workers.get(record.peer_id)
         pace = worker.pace if worker is not None and worker.pace is not None else _claimed(record)
