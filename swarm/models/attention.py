@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,52 @@ from transformers.masking_utils import causal_mask_function
 
 from swarm.models.pages import PAGE
 from swarm.models.passes import SHORT, Group, KindPass, Reading, Segment
+from swarm.models.scoring import UNSEEN, Scoring, attend
 from swarm.models.storage import Kind, KvStore
 
 RAGGED = "swarm_ragged"  # the name under which transformers finds this attention
 _LOG2_E = math.log2(math.e)
-_UNSEEN = -1e30  # added to scores; finite, so that rows which see nothing stay finite as well
 
 
-class RaggedPass(Cache):
-    """Stands for `past_key_values` in one forward; puts every session's tokens into its pages."""
+class SharedPass(Cache, ABC):
+    """Stands for `past_key_values` in one forward; inside `with`, masks are its own."""
+
+    layer = 0  # that runs
+
+    @abstractmethod
+    def mask(self, visible: Callable[..., Any], local_size: int | None) -> SharedMask:
+        """For one kind of layer, at the beginning of the forward."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def __enter__(self) -> Self:
+        _running.now = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _running.now = None
+
+
+class SharedMask(ABC):
+    """Travels through the model in place of a mask tensor."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """`[1, heads, N, dim]` queries of the pass: `[1, N, heads, value_dim]`."""
+
+
+class _Running(threading.local):
+    """The pass of this thread: transformers gives mask functions no other way to know it."""
+
+    now: SharedPass | None = None
+
+
+_running = _Running()
+
+
+class RaggedPass(SharedPass):
+    """Puts every session's tokens into its pages."""
 
     def __init__(self, store: KvStore, segments: Sequence[Segment], *, gathers: bool) -> None:
         """Segments of one sub-span follow each other.
@@ -38,7 +75,6 @@ class RaggedPass(Cache):
         """
         super().__init__(layers=[])
         self.gathers = gathers
-        self.layer = 0
         self.device = store.device
         by_kind: dict[Kind, list[Segment]] = {}
         for segment in segments:
@@ -96,29 +132,12 @@ class RaggedPass(Cache):
                     shape = (segment.start, segment.rows, segment.tokens)
                 yield segment, (_unpack(fresh[0], *shape), _unpack(fresh[1], *shape)), first
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def __enter__(self) -> RaggedPass:
-        _running.now = self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _running.now = None
+    def mask(self, visible: Callable[..., Any], local_size: int | None) -> RaggedMask:
+        return RaggedMask(self, visible, local_size)
 
 
-class _Running(threading.local):
-    """The pass of this thread: transformers gives mask functions no other way to know it."""
-
-    now: RaggedPass | None = None
-
-
-_running = _Running()
-
-
-class RaggedMask:
-    """Travels through the model in place of a mask tensor; works out what a kind of layer sees
-    when the first layer of that kind asks."""
+class RaggedMask(SharedMask):
+    """Works out what a kind of layer sees when the first layer of that kind asks."""
 
     def __init__(
         self, work: RaggedPass, visible: Callable[..., Any], local_size: int | None
@@ -148,7 +167,7 @@ class RaggedMask:
             seen = self._visible(0, 0, places, slots) & (slots <= places[..., -1:, :])
         if any(segment.mask is not None for segment in group.segments):
             seen = seen & _real(group, reading)[:, None, None, None]
-        return torch.where(seen, 0.0, _UNSEEN)
+        return torch.where(seen, 0.0, UNSEEN)
 
     def of(self, segment: Segment, first: int, dtype: torch.dtype) -> Tensor | None:
         """For a long step that sees slots from `first` on: added to scores, `[rows | 1, 1, tokens,
@@ -170,6 +189,23 @@ class RaggedMask:
             )
         return self._masks[key]
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        queries = query[0].transpose(0, 1)
+        work = self.work
+        groups = [] if work.gathers else self.groups()
+        if len(groups) == 1 and groups[0][0].take is None:
+            return _decode(queries, work.layer, *groups[0], scoring)[None]
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+        for group, added in groups:
+            assert group.take is not None
+            mine = queries.index_select(0, group.take)
+            output.index_copy_(0, group.take, _decode(mine, work.layer, group, added, scoring))
+        for segment, held, first in work.long(key, value):
+            mask = self.of(segment, first, query.dtype)
+            mine = _unpack(queries, segment.start, segment.rows, segment.tokens)
+            output[segment.start : segment.end] = attend(mine, held, mask, scoring).flatten(0, 1)
+        return output[None]
+
 
 def _real(group: Group, reading: Reading) -> Tensor:
     """bool `[items, PAGE]`: what is not padding."""
@@ -190,21 +226,12 @@ def ragged_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     **_: Any,
-) -> RaggedMask:
+) -> SharedMask:
     """Called by transformers once per pass and kind of layer; `local_size` is a window's width."""
     work = _running.now
     if work is None or use_vmap:
         raise NotImplementedError("a mask that sessions cannot share a pass with")
-    return RaggedMask(work, mask_function, local_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How scores become weights: transformers' own arguments."""
-
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None  # [heads]
+    return work.mask(mask_function, local_size)
 
 
 def ragged_attention(
@@ -219,7 +246,7 @@ def ragged_attention(
 
     The options are transformers': `scaling`, `softcap` and the sinks `s_aux`.
     """
-    if not isinstance(attention_mask, RaggedMask) or options.get("position_bias") is not None:
+    if not isinstance(attention_mask, SharedMask) or options.get("position_bias") is not None:
         raise NotImplementedError("an attention that sessions cannot share a pass with")
     scaling: float | None = options.get("scaling")
     scoring = Scoring(
@@ -227,21 +254,7 @@ def ragged_attention(
         options.get("softcap"),
         options.get("s_aux"),
     )
-    queries = query[0].transpose(0, 1)
-    work = attention_mask.work
-    groups = [] if work.gathers else attention_mask.groups()
-    if len(groups) == 1 and groups[0][0].take is None:
-        return _decode(queries, work.layer, *groups[0], scoring)[None], None
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    for group, added in groups:
-        assert group.take is not None
-        mine = queries.index_select(0, group.take)
-        output.index_copy_(0, group.take, _decode(mine, work.layer, group, added, scoring))
-    for segment, held, first in work.long(key, value):
-        mask = attention_mask.of(segment, first, query.dtype)
-        mine = _unpack(queries, segment.start, segment.rows, segment.tokens)
-        output[segment.start : segment.end] = _long(mine, held, mask, scoring).flatten(0, 1)
-    return output[None], None
+    return attention_mask.attend(query, key, value, scoring), None
 
 
 def _decode(q: Tensor, layer: int, group: Group, added: Tensor, scoring: Scoring) -> Tensor:
@@ -340,52 +353,6 @@ def _weigh(scores: Tensor, reading: Reading, sinks: Tensor | None) -> tuple[Tens
 def _unpack(packed: Tensor, start: int, rows: int, tokens: int) -> Tensor:
     """A part of `[N, heads, dim]` as `[rows, heads, tokens, dim]`."""
     return packed[start : start + rows * tokens].unflatten(0, (rows, tokens)).transpose(1, 2)
-
-
-def _long(
-    queries: Tensor,
-    held: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> Tensor:
-    """`[rows, heads, tokens, dim]` queries, `[rows, kv_heads, slots, dim]` keys and values, and
-    what is added to scores (None = causal): `[rows, tokens, heads, value_dim]`."""
-    keys, values = held
-    rows, heads, tokens, _ = queries.shape
-    kv_heads = keys.shape[1]
-    if mask is None and scoring.softcap is None and scoring.sinks is None:
-        output = nn.functional.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scoring.scaling, enable_gqa=True
-        )
-        return output.transpose(1, 2)
-    if mask is None:
-        mask = torch.full((tokens, tokens), _UNSEEN, device=keys.device).triu(1).to(keys.dtype)
-    # Query heads that share a key head become rows of one product: no copies of the keys.
-    mask = mask.repeat(*[1] * (mask.ndim - 2), heads // kv_heads, 1)
-    grouped = queries.reshape(rows, kv_heads, -1, queries.shape[3])
-    if scoring.softcap is None and scoring.sinks is None:
-        output = nn.functional.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=mask, scale=scoring.scaling
-        )
-    else:
-        output = _scored(grouped, keys, values, mask, scoring)
-    return output.reshape(rows, heads, tokens, -1).transpose(1, 2)
-
-
-def _scored(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
-    """With capped scores (Gemma 2) or a learned sink per head (GPT-OSS)."""
-    scores = q @ k.transpose(2, 3) * scoring.scaling
-    if scoring.softcap is not None:
-        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-    scores = scores.float() + mask
-    if scoring.sinks is not None:
-        sinks = scoring.sinks.float().view(k.shape[1], -1, 1, 1)
-        shared = scores.unflatten(2, (sinks.shape[1], -1))
-        ends = sinks.expand(*shared.shape[:-1], 1)
-        weights = torch.softmax(torch.cat([shared, ends], dim=-1), dim=-1)[..., :-1].flatten(2, 3)
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    return weights.to(q.dtype) @ v
 
 
 AttentionInterface.register(RAGGED, ragged_attention)
