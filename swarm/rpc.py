@@ -16,6 +16,7 @@ from swarm.certificates import Certificate, check_certificate, fetch_certificate
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError, UsageError
 from swarm.messages import Refused
 from swarm.mux import MAX_MESSAGE_BYTES, Channel, Gauge, Kind, Link
+from swarm.sparing import Sparing
 from swarm.transport import Endpoint, Service, Stream, StreamHandler, Transport
 from swarm.wire import encode, pack, unpack
 
@@ -73,9 +74,7 @@ class _Pipe:
     """One gRPC stream, either end, for a link: one task reads, one writes, both end with it."""
 
     def __init__(self, read: _Read, write: _Write, where: str) -> None:
-        self._read = read
-        self._write = write
-        self.where = where
+        self._read, self._write, self.where = read, write, where
 
     async def send(self, message: bytes) -> None:
         try:
@@ -122,6 +121,7 @@ class RpcServer:
     def __init__(self, service: Service, *, max_streams: int) -> None:
         self._service = service
         self._max_streams = max_streams
+        self._complaints = Sparing(logger)
         self._running: set[asyncio.Task[Any]] = set()
         self._links: dict[bytes, Link] = {}
         self.gauge = Gauge(_UNREAD_BYTES)
@@ -196,7 +196,7 @@ class RpcServer:
         except TimeoutError:
             logger.debug("%s said nothing", pipe.where)
         except RemoteProtocolError as error:
-            logger.warning("%s: %s", pipe.where, str(error))
+            self._complaints.warning("%s: %s", pipe.where, str(error), code=str(error.code))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except SwarmError as error:
             logger.debug("a link ended: %s", error)

@@ -46,6 +46,7 @@ from swarm.server.pusher import Pusher, Resolve
 from swarm.server.session import Counters, Guest, House, Session
 from swarm.server.training import TrainingDesk
 from swarm.server.training_loans import LoanDesk
+from swarm.sparing import Sparing
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Stream, Transport
 from swarm.types import BlockRange, ModelId, Numerics
@@ -89,6 +90,7 @@ class Handler:
         self._sessions: dict[bytes, tuple[bytes, Session]] = {}  # id -> ticket, session
         self._house = House(executor, span.store, limits, Holdings(limits.waiting_bytes), self.load)
         self.store, self.meters = span.store, executor.meters
+        self._complaints = Sparing(logger)
         identity = served.access.identity
         self.meters.tags = {"swarm.peer_id": identity.peer_id, "swarm.blocks": str(span.blocks)}
         self._loans = LoanDesk(span, limits, lambda: executor.run_soon(span.patches.forget))
@@ -236,8 +238,8 @@ class Handler:
     def _refused(self, what: str, error: RemoteProtocolError) -> None:
         self.counters.refusals += 1
         self.meters.refused[error.code] += 1
-        code = {"code": str(error.code)}
-        logger.warning("refused a %s: %s", what, str(error), extra=code)  # a traceback holds caches
+        # Not the error itself: its traceback holds caches.
+        self._complaints.warning("refused a %s: %s", what, str(error), code=str(error.code))
 
     async def _first(self, stream: Stream) -> Message:
         try:

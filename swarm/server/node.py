@@ -29,7 +29,7 @@ from swarm.models.loading import fetch_span
 from swarm.models.selftest import prove_split
 from swarm.models.spans import Span, SplitProof
 from swarm.rpc import RpcServer, RpcTransport
-from swarm.server import hugepages, throughput
+from swarm.server import heap, hugepages, throughput
 from swarm.server.balancer import Balancer, look_again, others_in
 from swarm.server.choice import (
     ServerConfig,
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 _STREAMS_PER_SESSION = 3  # the client's, the hop before's, and one that is being replaced
 _ROTATION_LOOK_SECONDS = 3600.0
+_HEAP_LOOK_SECONDS = 60.0
 _ASK_SECONDS = 5.0  # for another server to say that it is there
 _GOODBYE_SECONDS = 3.0  # for telling the DHT that we drain
 
@@ -242,7 +243,7 @@ class ServerNode:
         self._announcer = Announcer(self._dht, identity, lambda: self.record, random.SystemRandom())
         stack.push_async_callback(self._announcer.withdraw)
         stack.push_async_callback(self._cancel_tasks)
-        for work in (self._announcer.run(), self._keep_certificate_fresh()):
+        for work in (self._announcer.run(), self._keep_certificate_fresh(), _keep_heap_small()):
             self._tasks.append(asyncio.create_task(work))
 
     async def _show_metrics(self, stack: AsyncExitStack) -> None:
@@ -382,6 +383,12 @@ class ServerNode:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
+
+
+async def _keep_heap_small() -> None:
+    while True:
+        await asyncio.sleep(_HEAP_LOOK_SECONDS)
+        await in_thread(heap.give_back)
 
 
 def _version() -> str:
