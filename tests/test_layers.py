@@ -35,8 +35,10 @@ APPS = re.compile(r"swarm/(__init__|__main__|local|web|listening|(cli|api|monito
 DOORS = {
     "grpc": "swarm/rpc.py",
     "msgpack": "swarm/wire.py",
-    "hivemind": "swarm/dht/node.py and swarm/dht/keeping.py",
+    "hivemind": "swarm/dht/node.py and swarm/dht/keeping.py and swarm/dht/averaging.py"
+    " and swarm/dht/allreduce.py",
     "uvloop": "swarm/loop.py",
+    "opacus": "swarm/client/federated_privacy.py",
     "prometheus_client": "swarm/metrics.py",
     "opentelemetry": "swarm/tracing.py",
 }

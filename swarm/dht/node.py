@@ -129,6 +129,12 @@ class DhtNode:
         async with self._working("ask for our addresses") as dht:
             return [str(address) for address in await dht.get_visible_maddrs(latest=True)]
 
+    async def p2p(self) -> P2P:
+        """hivemind's connection to the daemon, for more than the DHT: another one after the daemon
+        had to be started anew. Raises PeerUnavailable."""
+        async with self._working("reach the DHT's daemon") as dht:
+            return dht.protocol.p2p
+
     async def close(self) -> None:
         """Leave the swarm; returns when the daemon is gone. Idempotent."""
         if self._keeper is not None:
