@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from swarm.client.ends import Ends
 from swarm.client.sampling import Text, Token, choose
 from swarm.client.session import RemoteSession
+from swarm.client.training_prompts import SoftPrompts
 from swarm.loop import BackgroundLoop
 
 Take = Callable[[Token], Awaitable[None] | None]
@@ -49,16 +50,26 @@ class Decoder:
         # Ends with us, and is waited for when the process ends: torch aborts if cut off.
         self._thread = ThreadPoolExecutor(1, "swarm-ends")
 
-    async def decode(self, remote: RemoteSession, text: Text, take: Take | None = None) -> None:
+    async def decode(
+        self,
+        remote: RemoteSession,
+        text: Text,
+        take: Take | None = None,
+        prompts: SoftPrompts | None = None,
+    ) -> None:
         """Let `text` grow until it ends. The session must hold less than all of it, and holds all
-        but the last token afterwards. `take` is called on the loop with each token.
+        but the last token afterwards. `take` is called on the loop with each token. With `prompts`
+        the session has them in front, and the text behind.
 
         Raises what a step of the session raises, and what processors raise.
         """
-        turn = await self._turn(text, None, remote.position)
-        while turn.embedded is not None:
-            output = await remote.step(turn.embedded, keep=1)
-            turn = await self._turn(text, output, remote.position)
+        prefix = 0 if prompts is None else len(prompts)
+        turn = await self._turn(text, None, max(0, remote.position - prefix))
+        while (embedded := turn.embedded) is not None:
+            if prompts is not None and remote.position == 0:
+                embedded = prompts.before(embedded).detach()
+            output = await remote.step(embedded, keep=1)
+            turn = await self._turn(text, output, remote.position - prefix)
             if take is not None and turn.token is not None:
                 shown = take(turn.token)
                 if shown is not None:

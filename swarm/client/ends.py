@@ -107,6 +107,8 @@ class _Embedded(Exception):
 class _Half:
     """A session that stops a forward at the blocks, or that gives what is to go on with."""
 
+    prefix = 0  # soft prompts are between the ends
+
     def __init__(self, position: int, output: Tensor | None = None) -> None:
         self.position = position
         self._output = output

@@ -119,8 +119,6 @@ class GeneratingMixin(DistributedMixin, PlainMixin):
         self, inputs: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Over a session of its own, which ends with the call unless the result hands it out."""
-        if self.prompts is not None and self.prompts.deep is not None:
-            kwargs["use_cache"] = False  # sessions know no deep prompts
         if kwargs.get("use_cache") is False or kwargs.get("past_key_values") is not None:
             return super().generate(inputs, *args, **kwargs)  # pyright: ignore
         session = self.inference_session(max_length=1)

@@ -131,9 +131,8 @@ class PlainMixin:
         journey: Journey | None = None,
     ) -> list[int]:
         """The new ids. For the background loop."""
-        if self.remote_blocks.prompts is not None:
-            raise UsageError("streams put no soft prompts in front of texts: use `generate`")
         journey = journey or Journey()
+        prompts = self.remote_blocks.prompts
         if session is not None:
             inputs, mask, _ = resume(session, inputs, kwargs.pop("attention_mask", None))
             kwargs = kwargs | {"attention_mask": mask}
@@ -144,15 +143,16 @@ class PlainMixin:
         if session is not None:
             session.max_length = max(session.max_length, length)
             journey.remote = session.remote(1)
-            await decoder.decode(journey.remote, text, take)
+            await decoder.decode(journey.remote, text, take, prompts)
             finish(session, text.row(), kwargs["attention_mask"])
         else:
             blocks = self.remote_blocks
+            length += 0 if prompts is None else len(prompts)
             journey.remote = remote = blocks.connection.open(
                 blocks.blocks, 1, length, blocks.bundles()
             )
             try:
-                await decoder.decode(remote, text, take)
+                await decoder.decode(remote, text, take, prompts)
             finally:
                 await remote.close()
         return text.ids[given:]
@@ -221,12 +221,12 @@ class PlainMixin:
             return input_ids
         if plain and generation_config.prefill_chunk_size is None:
             cache = _plain_cache(input_ids, model_kwargs)
-            cache = cache if self.remote_blocks.prompts is None else None
             theirs = all(map(_is_theirs, (*logits_processor, *stopping_criteria)))
             decoder = self._decoder() if cache is not None and theirs else None
             if cache is not None and decoder is not None and decoder.ends.as_made:
                 remote = cache.session.remote(1)
-                _follow(self._loop, partial(decoder.decode, remote, text), streamer)
+                decode = partial(decoder.decode, prompts=self.remote_blocks.prompts)
+                _follow(self._loop, partial(decode, remote, text), streamer)
                 return text.row().to(input_ids.device)
         return super()._sample(  # pyright: ignore
             input_ids,

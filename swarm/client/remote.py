@@ -17,11 +17,12 @@ from swarm.client.recoveries import Recovery
 from swarm.client.session import RemoteSession
 from swarm.client.training import pass_through
 from swarm.client.training_loans import Bundles
-from swarm.client.training_lora import ShellAdapters
+from swarm.client.training_lora import ShellAdapters, bundles_of
 from swarm.client.training_prompts import SoftPrompts
 from swarm.errors import UsageError
 from swarm.loop import BackgroundLoop
 from swarm.models.shell import ShellCache
+from swarm.tensors import TORCH_DTYPES
 from swarm.types import BlockRange
 
 _active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
@@ -249,11 +250,15 @@ class RemoteBlocks(nn.Module):
         return InferenceSession(self.connection, self.blocks, max_length, prefix, self.bundles)
 
     def bundles(self) -> Bundles | None:
-        """The adapters as they are now."""
-        if self.adapters is None:
+        """The adapters as they are now, and deep prompts."""
+        if self.adapters is None and self._deep() is None:
             return None
         with torch.no_grad():
-            return self.adapters.bundles(self.adapters.live())
+            live = {} if self.adapters is None else self.adapters.live()
+            if self.prompts is not None:
+                dtype = TORCH_DTYPES[self.connection.terms.numerics.dtype]
+                live = self.prompts.within(live, self.blocks, dtype)
+            return bundles_of(live)
 
     def forward(
         self,
@@ -274,7 +279,7 @@ class RemoteBlocks(nn.Module):
         if attention_mask is not None:  # of the new tokens alone, of which there may be none
             padding = attention_mask[:, attention_mask.shape[1] - tokens :]
         session = past_key_values.session if isinstance(past_key_values, RemoteCache) else None
-        if self.prompts is not None:
+        if self.prompts is not None and (session is None or session.prefix):
             begun = session is not None and session.position > 0
             position_ids = self.prompts.positions(position_ids, begun=begun)
             if not begun:
@@ -306,8 +311,6 @@ class RemoteBlocks(nn.Module):
                 "gradients do not pass through a session: call the model without a cache, or "
                 "under torch.no_grad()"
             )
-        if self._deep() is not None:
-            raise UsageError("sessions know no deep prompts: give generate use_cache=False")
         keep = _kept.get()
         return session.step(hidden, position_ids=position_ids, padding=padding, keep=keep)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from swarm.client.hop import Terms, endpoint_of
 from swarm.client.training_hop import Post
 from swarm.client.training_loans import Bundles, Lender, Loans
-from swarm.client.training_lora import ShellAdapters
+from swarm.client.training_lora import ShellAdapters, bundles_of
 from swarm.client.training_plan import BACKWARD, Leg, Workers
 from swarm.dht.records import SignedRecord
 from swarm.errors import ErrorCode, NoRoute, RemoteProtocolError, SwarmError, UsageError
@@ -33,9 +33,9 @@ from swarm.types import BlockRange
 T = TypeVar("T")
 
 _PART_TOKENS = 128  # at least, of a part of a batch; one text may have more
-# At least, that its first server has to compute: a part costs client and server about 10 ms besides,
-# and small products are slow (model A, 8 x 128 tokens back and forth in 8, 4 and 2 parts: 2.0, 1.8
-# and 1.3 s of processors; docs/finetuning.md).
+# At least, that its first server has to compute: a part costs client and server 10 ms besides, and
+# small products are slow (model A, 8 x 128 tokens back and forth in 8, 4 and 2 parts: 2.0, 1.8 and
+# 1.3 s of processors).
 _PART_SECONDS = 0.03
 _PARTS = 16  # of a batch, at most
 _PAUSE = 0.1  # seconds between two looks for somebody who serves the blocks
@@ -365,6 +365,6 @@ def pass_through(
             if blocks.start <= block < blocks.end:
                 factors |= {f"{block}.{name}": t for name, t in live[block].tensors.items()}
         shapes = {name: spec_of(tensor) for name, tensor in factors.items()}
-        adapted = Adapted(adapters.bundles(live), shapes) if factors else None
+        adapted = Adapted(bundles_of(live), shapes) if factors else None
     batch = Batch(blocks, own, inputs, deep, adapted)
     return cast(Tensor, _Passage.apply(client, batch, hidden, prompts, *factors.values()))

@@ -34,10 +34,11 @@ class ShellAdapters:
                 found[index] = BlockAdapter(active)
         return found
 
-    def bundles(self, live: Live) -> Bundles:
-        """The bytes of what `live` gave, made anew each time: optimizers that are fused change
-        weights without a trace. Raises UsageError for numbers that are not finite."""
-        return Bundles.of({block: _bytes(block, own) for block, own in live.items()})
+
+def bundles_of(live: Live) -> Bundles:
+    """The bytes of that, made anew each time: optimizers that are fused change weights without a
+    trace. Raises UsageError for numbers that are not finite."""
+    return Bundles.of({block: _bytes(block, own) for block, own in live.items()})
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -77,6 +78,8 @@ def _bytes(block: int, adapter: BlockAdapter) -> bytes:
         path: (down.detach().cpu(), up.detach().cpu())
         for path, (down, up) in adapter.factors.items()
     }
-    if not all(bool(part.isfinite().all()) for pair in tensors.values() for part in pair):
+    prompts = None if adapter.prompts is None else adapter.prompts.detach().cpu()
+    parts = [part for pair in tensors.values() for part in pair]
+    if not all(bool(p.isfinite().all()) for p in (*parts, *([] if prompts is None else [prompts]))):
         raise UsageError(f"the adapter of block {block} has numbers that are not finite")
-    return to_bundle(BlockAdapter(tensors))
+    return to_bundle(BlockAdapter(tensors, prompts))

@@ -5,10 +5,15 @@ P-tuning v2: X. Liu et al., arXiv 2110.07602. The modes are called as in Petals.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from swarm.client.training_lora import Live
 from swarm.errors import UsageError
+from swarm.models.adapters import BlockAdapter
+from swarm.types import BlockRange
 
 MODES = ("ptune", "deep_ptune")
 _SPREAD = 0.02  # of the first values, where the embeddings do not tell a better one
@@ -44,6 +49,14 @@ class SoftPrompts(nn.Module):
         """`[B, P + T, H]`: the prompts, and then the texts."""
         first = self.first.to(hidden.device, hidden.dtype)
         return torch.cat([first.expand(hidden.shape[0], -1, -1), hidden], dim=1)
+
+    def within(self, live: Live, blocks: BlockRange, dtype: torch.dtype) -> Live:
+        """These adapters of `blocks`, with the deep prompts, as sessions have them."""
+        if self.deep is None:
+            return live
+        deep = dict(zip(range(blocks.start, blocks.end), self.deep.to(dtype), strict=True))
+        none = BlockAdapter({})
+        return {b: replace(live.get(b, none), prompts=deep[b]) for b in deep}
 
     def padding(self, padding: Tensor | None) -> Tensor | None:
         """Of `before`: prompts are real."""

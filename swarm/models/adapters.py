@@ -1,4 +1,5 @@
-"""Low-rank adapters (LoRA) of clients in a server's blocks: parsed, checked, and added in passes.
+"""Low-rank adapters (LoRA) and deep prompts of clients in a server's blocks: parsed, checked, and
+added in passes.
 
 E. Hu et al., arXiv 2106.09685. An adapter is data: two factors for each linear layer that it
 changes. In a pass that sessions share, all their factors are multiplied at once, and what a token
@@ -23,6 +24,7 @@ from swarm.errors import ErrorCode, RemoteProtocolError
 
 MAX_RANK = 512
 _DOWN, _UP = ".lora_A", ".lora_B"
+_PROMPTS = "prompts"
 _MIXTURES = 256  # of factors of several adapters, kept for the next pass
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,13 +34,15 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockAdapter:
-    """What is added to one block, by the paths of its linear layers."""
+    """What is added to one block, by the paths of its linear layers. prompts: `[P, H]`, added to
+    what enters it at the first P positions of a session (a batch brings its own)."""
 
     factors: Mapping[str, Factors]
+    prompts: Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """By the names that they have in a bundle."""
+        """Its factors, by the names that they have in a bundle."""
         named: dict[str, Tensor] = {}
         for path, (down, up) in self.factors.items():
             named |= {path + _DOWN: down, path + _UP: up}
@@ -50,16 +54,22 @@ Adapter = Mapping[int, BlockAdapter]
 
 
 class Use(NamedTuple):
-    """An adapter for tokens `[begin, end)` of a pass, counted over all its rows."""
+    """An adapter for tokens `[begin, end)` of a pass, counted over all its rows: those of `rows`
+    rows of a session from `position` on (None: of no session)."""
 
     adapter: Adapter
     begin: int
     end: int
+    rows: int = 1
+    position: int | None = None
 
 
 def to_bundle(adapter: BlockAdapter) -> bytes:
     """One block's adapter as safetensors; the same factors always give the same bytes."""
-    return save({name: tensor.contiguous() for name, tensor in adapter.tensors.items()})
+    tensors = adapter.tensors
+    if adapter.prompts is not None:
+        tensors[_PROMPTS] = adapter.prompts
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def digest_of(bundle: bytes) -> bytes:
@@ -67,14 +77,22 @@ def digest_of(bundle: bytes) -> bytes:
 
 
 def from_bundle(
-    bundle: bytes, sizes: Mapping[str, tuple[int, int]], device: torch.device
+    bundle: bytes,
+    sizes: Mapping[str, tuple[int, int]],
+    device: torch.device,
+    hidden_size: int = 0,
 ) -> BlockAdapter:
-    """Raises RemoteProtocolError BAD_ADAPTER unless it fits layers with these `(in, out)`."""
+    """Raises RemoteProtocolError BAD_ADAPTER unless it fits layers with these `(in, out)`, and its
+    prompts the hidden size (0: there may be none)."""
     try:
         tensors = load(bundle)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _bad(f"no safetensors: {error}") from None
     factors: dict[str, Factors] = {}
+    prompts = tensors.pop(_PROMPTS, None)
+    if prompts is not None:
+        _check_prompts(prompts, hidden_size)
+        prompts = prompts.to(device)
     for name in sorted(tensors):
         path, kind = name[: -len(_DOWN)], name[-len(_DOWN) :]
         if kind not in (_DOWN, _UP) or path + _DOWN not in tensors or path + _UP not in tensors:
@@ -91,7 +109,15 @@ def from_bundle(
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             raise _bad(f"'{path}' has numbers that are not finite")
         factors[path] = down.to(device), up.to(device)
-    return BlockAdapter(factors)
+    return BlockAdapter(factors, prompts)
+
+
+def _check_prompts(prompts: Tensor, hidden_size: int) -> None:
+    shape = tuple(prompts.shape)
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != hidden_size or prompts.dtype not in _FLOATS:
+        raise _bad(f"prompts are {prompts.dtype}{list(shape)}")
+    if not bool(prompts.isfinite().all()):
+        raise _bad("prompts have numbers that are not finite")
 
 
 def _bad(why: str) -> RemoteProtocolError:
@@ -132,6 +158,10 @@ class Patches:
         with ExitStack() as hooks:
             for block in {block for use in uses for block in use.adapter}:
                 mine = [use for use in uses if block in use.adapter]
+                if prompted := [found for use in mine if (found := _prompted(use, block))]:
+                    hook = _prompter(prompted)
+                    module = self._blocks[block]
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 for path in {path for use in mine for path in use.adapter[block].factors}:
                     entries = [
                         (use.begin, use.end, use.adapter[block].factors[path])
@@ -191,3 +221,30 @@ def _owners(key: tuple[Any, ...], tokens: int, like: Tensor) -> Tensor:
         owner[begin:end, at : at + rank] = 1
         at += rank
     return owner.to(like)
+
+
+_Prompted = tuple[slice, int, Tensor]
+"""Tokens of a pass, in so many rows, and what is added where each row begins."""
+
+
+def _prompted(use: Use, block: int) -> _Prompted | None:
+    """None: behind the prompts, as most steps are."""
+    prompts, position = use.adapter[block].prompts, use.position
+    if prompts is None or position is None or position >= len(prompts):
+        return None
+    return slice(use.begin, use.end), use.rows, prompts[position:]
+
+
+def _prompter(entries: Sequence[_Prompted]) -> Any:
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given: Tensor = args[0] if args else kwargs["hidden_states"]
+        hidden = given.reshape(-1, given.shape[-1]).clone()
+        for tokens, rows, prompts in entries:
+            own = hidden[tokens].view(rows, -1, hidden.shape[-1])
+            own[:, : len(prompts)] += prompts[: own.shape[1]].to(own.dtype)
+        hidden = hidden.view(given.shape)
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": hidden}
+
+    return add

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
-from swarm.models.adapters import Adapter, BlockAdapter, Patches, Use
+from swarm.models.adapters import BlockAdapter, Patches, Use
 from swarm.models.attention import RAGGED, RaggedPass
 from swarm.models.cache import ProbeCache, RectanglePass, SpanCache, plan_layers
 from swarm.models.families import (
@@ -183,9 +183,8 @@ class Span:
         try:
             given = {name: value for name, value in inputs.items() if name in self._accepted}
             view = self._view(BlockRange(block, block + 1))
-            with self._adapted(
-                [({block: adapter} if adapter else None, 0, hidden[..., 0].numel())]
-            ):
+            use = Use({block: adapter} if adapter else {}, 0, hidden[..., 0].numel())
+            with self._adapted([use]):
                 return view.run(hidden, use_cache=False, **given)
         finally:
             config._attn_implementation = attention
@@ -260,7 +259,7 @@ class Span:
             **step.extras,
         }
         accepted = {name: value for name, value in wanted.items() if name in self._accepted}
-        with self._adapted([(cache.adapter, 0, step.hidden[..., 0].numel())]):
+        with self._adapted([_use(step, 0, step.hidden[..., 0].numel())]):
             output = self._view(cache.blocks).run(step.hidden, **accepted)
         cache.commit(tokens, mask)
         return output
@@ -276,9 +275,7 @@ class Span:
             together = [steps[index] for index in members]
             packed = _segments(together)
             parts = [hidden[index] for index in members]
-            uses = [
-                (s.cache.adapter, p.start, p.end) for s, p in zip(together, packed, strict=True)
-            ]
+            uses = [_use(s, p.start, p.end) for s, p in zip(together, packed, strict=True)]
             work = RaggedPass(self.store, packed, gathers=self._gathers)
             with work, self._adapted(uses):
                 output = self._view(piece).run(
@@ -307,18 +304,22 @@ class Span:
         outputs = output.split([segment.rows for segment in segments])
         return list(zip(segments, outputs, strict=True))
 
-    def _adapted(
-        self, uses: Sequence[tuple[Adapter | None, int, int]]
-    ) -> AbstractContextManager[None]:
+    def _adapted(self, uses: Sequence[Use]) -> AbstractContextManager[None]:
         """Inside, these tokens of a pass have adapters; the last ones end where the pass does."""
-        some = [Use(adapter, begin, end) for adapter, begin, end in uses if adapter]
-        return self.patches.applied(some, uses[-1][2]) if some else nullcontext()
+        some = [use for use in uses if use.adapter]
+        return self.patches.applied(some, uses[-1].end) if some else nullcontext()
 
     def _view(self, blocks: BlockRange) -> View:
         key = blocks, cast(Any, self.config)._attn_implementation
         if key not in self._views:
             self._views[key] = View(self._stack, self._list_name, blocks)
         return self._views[key]
+
+
+def _use(step: SpanStep, begin: int, end: int) -> Use:
+    """A step's adapter, for its tokens in a pass."""
+    cache = step.cache
+    return Use(cache.adapter or {}, begin, end, step.hidden.shape[0], cache.length)
 
 
 def _pieces(spans: set[BlockRange]) -> list[BlockRange]:

@@ -187,7 +187,8 @@ class LoanDesk:
     def _parse(self, block: int, data: bytes, digest: bytes) -> BlockAdapter:
         if digest_of(data) != digest:
             raise RemoteProtocolError(ErrorCode.BAD_ADAPTER, "an adapter is not what its hash says")
-        return from_bundle(data, self._span.patches.sizes(block), self._span.device)
+        span = self._span
+        return from_bundle(data, span.patches.sizes(block), span.device, span.hidden_size)
 
     async def _end(self, stream: Stream, conversation: Conversation) -> None:
         message = await self._receive(stream, conversation, self._limits.idle_timeout)

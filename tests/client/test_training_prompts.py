@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from swarm.errors import CheckpointError, UsageError
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import find_stack
 from swarm.models.loading import load_shell
-from tests.client.pairs import GREEDY, Pair, prompt, shell_of
+from tests.client.pairs import GREEDY, Killer, Pair, prompt, shell_of
 from tests.client.test_training import FAMILIES, agree, texts
 from tests.models.tiny import LAYERS, VOCAB, save_tiny
 
@@ -96,9 +97,10 @@ def test_gradients_of_prompts_are_those_of_one_machine(family: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["ptune", "deep_ptune"])
-def test_what_is_written_behind_prompts(mode: str) -> None:
-    """With caches and without, in one piece and over two turns of a session."""
-    pair = Pair("llama", seed=50)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+def test_what_is_written_behind_prompts(family: str, mode: str) -> None:
+    """With caches and without, in one piece and over two turns of a session, and as a stream."""
+    pair = Pair(family, seed=50)
     ids = prompt(2, 7)
     with pair.swarm:
         prompts = with_prompts(pair, mode)
@@ -110,19 +112,48 @@ def test_what_is_written_behind_prompts(mode: str) -> None:
         options = GREEDY | {"max_new_tokens": 6}
         assert torch.equal(pair.model.generate(ids, **options), text)
         assert torch.equal(pair.model.generate(ids, use_cache=False, **options), text)
-        if mode == "deep_ptune":
-            session = pair.model.inference_session(9)
-            with pytest.raises(UsageError, match="deep"):
-                pair.model.generate(ids, session=session, **options)
-            session.close()
-            return
         assert torch.equal(pair.model.generate(ids[:1], **options), text[:1])
+        assert torch.equal(asyncio.run(pair.model.generate_async(ids, **options)), text)
         with pair.model.inference_session(max_length=32) as session:
             options["max_new_tokens"] = 3
             first = pair.model.generate(ids, **options)
             assert session.position == first.shape[1] - 1
             second = pair.model.generate(None, **options)
             assert torch.equal(torch.cat([first, second], dim=1), text)
+        with pair.model.inference_session(max_length=32) as session:
+            first = asyncio.run(pair.model.generate_async(ids[:1], **options))
+            session.position = 2  # within the text, behind the prompts
+            again = asyncio.run(pair.model.generate_async(first[:, 2:], **options))
+            assert torch.equal(torch.cat([first[:, :2], again], dim=1), text[:1])
+        pair.swarm.assert_quiet()
+
+
+def test_deep_prompts_are_there_when_servers_die() -> None:
+    """In the first steps, too, of which a part only is prompts; and rows that are beams."""
+    pair = Pair("qwen3", seed=51, replicas=2)
+    with pair.swarm:
+        with_prompts(pair)
+        ids = prompt(1, 6)
+        options = GREEDY | {"max_new_tokens": 10, "num_beams": 3}
+        expected = pair.model.generate(ids, use_cache=False, **options)
+        with pair.model.inference_session(max_length=40) as session:
+            killer = Killer(pair, session, every=2)
+            got = pair.model.generate(ids, logits_processor=[killer], **options)
+            assert torch.equal(got, expected)
+            assert session.recoveries >= 2
+        for server in pair.swarm.servers:
+            pair.swarm.revive(server)
+        hidden = torch.randn(2, LENGTH + 4, 48)
+        assert pair.blocks.prompts is not None
+        assert pair.blocks.prompts.deep is not None
+        deep = pair.blocks.prompts.deep.detach()
+        whole = pair.blocks._pass(hidden, None, None, deep).detach()
+        with pair.blocks.inference_session(16) as session:
+            parts = [session.step(hidden[:, :2])]  # within the prompts
+            pair.swarm.cut(pair.swarm.serving(session, pair.cuts[1][0]))
+            parts += [session.step(hidden[:, 2:5]), session.step(hidden[:, 5:])]
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
+            session.close()
         pair.swarm.assert_quiet()
 
 

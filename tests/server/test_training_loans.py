@@ -96,6 +96,11 @@ BAD: dict[str, bytes] = {
     "two dtypes": bundle(lora_A=torch.ones(2, HIDDEN).half()),
     "no numbers": bundle(lora_A=torch.full((2, HIDDEN), torch.nan)),
     "infinity": bundle(lora_B=torch.full((HIDDEN, 2), torch.inf)),
+    "wide prompts": save({"prompts": torch.ones(2, HIDDEN + 1)}),
+    "no prompts": save({"prompts": torch.ones(0, HIDDEN)}),
+    "one prompt too flat": save({"prompts": torch.ones(HIDDEN)}),
+    "whole prompts": save({"prompts": torch.ones(2, HIDDEN).long()}),
+    "prompts of no numbers": save({"prompts": torch.full((2, HIDDEN), torch.nan)}),
 }
 
 
