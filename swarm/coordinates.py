@@ -93,3 +93,9 @@ def pack(place: Coordinates) -> Packed:
 def unpack(packed: Packed) -> Coordinates:
     x, y, z, height = packed
     return _UNIT * x, _UNIT * y, _UNIT * z, _UNIT * max(0, height)
+
+
+def unpack_all(packed: Sequence[Packed | None]) -> NDArray[np.float64]:
+    """[peers, 4]; nan where nothing is said."""
+    nowhere = (np.nan,) * 4
+    return _UNIT * np.array([each or nowhere for each in packed], np.float64).reshape(-1, 4)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swarm.client.peers import PeerBook
-from swarm.coordinates import unpack
+from swarm.coordinates import unpack_all
 from swarm.dht.records import ServerState, SignedRecord, peer_tag
 from swarm.types import BlockRange, ModelId, Numerics
 
@@ -87,20 +87,18 @@ class Holders:
         self.usual_row_share = float(np.median(self.row_share)) if records else _ROW_SHARE
         self.usual_count = float(np.median(self.count)) if records else 1.0
         self.borders: list[int] = np.unique(np.concatenate([self.start, self.end])).tolist()
-        self.before = {b: self.of_block(b - 1) for b in self.borders}
-        self.after = {b: self.of_block(b) for b in self.borders}
+        self._of_block: dict[int, Places] = {}
         uplink = np.array([1024.0 * record.uplink for record in records])
         usual = np.median(uplink[uplink > 0]) if uplink.any() else np.inf
         self.sending = 1 / np.where(uplink > 0, uplink, usual)  # seconds per byte
-        self.places = np.full((len(records), 4), np.nan)  # by `coordinates`
-        for place, record in enumerate(records):
-            if record.coordinates is not None:
-                self.places[place] = unpack(record.coordinates)
+        self.places = unpack_all([record.coordinates for record in records])
         self.ways = Ways(self)
 
     def of_block(self, block: int) -> Places:
         """Who holds it."""
-        return np.flatnonzero((self.start <= block) & (block < self.end))
+        if block not in self._of_block:
+            self._of_block[block] = np.flatnonzero((self.start <= block) & (block < self.end))
+        return self._of_block[block]
 
 
 class Ways:
@@ -108,15 +106,8 @@ class Ways:
     measured, else by their coordinates, else inf. Rows are worked out when they are asked for."""
 
     def __init__(self, holders: Holders) -> None:
-        tags = {peer_tag(name): place for place, name in enumerate(holders.ids)}
-        self._announced = [
-            [
-                (tags[tag], milliseconds / 1e3)
-                for tag, milliseconds in server.record.next_rtts.items()
-                if tag in tags
-            ]
-            for server in holders.servers
-        ]
+        self._servers = holders.servers
+        self._tags = {peer_tag(name): place for place, name in enumerate(holders.ids)}
         count = len(holders.ids)
         self.complete = not np.isnan(holders.places).any()
         self._points, self._heights = holders.places[:, :3], holders.places[:, 3]
@@ -144,8 +135,9 @@ class Ways:
         told = np.sqrt(np.maximum(squares, 0.0)) + self._heights[sources][:, None] + self._heights
         self._table[begin : self._filled] = np.where(np.isnan(told), np.inf, told)
         for row, source in enumerate(sources.tolist(), begin):
-            for target, rtt in self._announced[source]:
-                self._table[row, target] = rtt
+            for tag, milliseconds in self._servers[source].record.next_rtts.items():
+                if tag in self._tags:
+                    self._table[row, self._tags[tag]] = milliseconds / 1e3
 
 
 class Chart:

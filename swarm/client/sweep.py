@@ -55,7 +55,7 @@ class _Sweep:
 
     def _enter(self, index: int, border: int) -> None:
         """Go on from the least costly ones to all that are entered at less than before."""
-        sources, targets = self._holders.before[border], self._holders.after[border]
+        sources, targets = self._holders.of_block(border - 1), self._holders.of_block(border)
         costs = self._cost.take(sources)
         if len(sources) > _SOURCES:
             least = costs.argpartition(_SOURCES)[:_SOURCES]
