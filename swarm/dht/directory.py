@@ -249,14 +249,17 @@ def take_picture(
     frame: SwarmView, sightings: Mapping[str, Sighting], now: float, clock: float
 ) -> SwarmView:
     """Who is there at `now` (the swarm's clock) and `clock` (monotonic, as in `sightings`)."""
-    present = [s for s in sightings.values() if s.signed.record.state is not ServerState.OFFLINE]
-    silent = [s.signed for s in present if _is_silent(s, now, clock)]
-    heard = [s.signed for s in present if not _is_silent(s, now, clock)]
-    covered = {block for server in heard for block in _blocks(server) if _serves(server, block)}
+    heard: list[SignedRecord] = []
+    silent: list[SignedRecord] = []
+    for sighting in sightings.values():
+        if sighting.signed.record.state is not ServerState.OFFLINE:
+            (silent if _is_silent(sighting, now, clock) else heard).append(sighting.signed)
+    online = (server for server in heard if server.record.state is ServerState.ONLINE)
+    covered = set(chain.from_iterable(map(_blocks, online)))
     needed = [server for server in silent if not covered.issuperset(_blocks(server))]
     return replace(
         frame,
-        servers=tuple(sorted([*heard, *needed], key=lambda s: (s.record.blocks, s.record.peer_id))),
+        servers=tuple(sorted([*heard, *needed], key=_by_blocks)),
         silent=frozenset(server.record.peer_id for server in needed),
     )
 
@@ -289,6 +292,11 @@ def _is_silent(sighting: Sighting, now: float, clock: float) -> bool:
     if clock - sighting.since > record.lifetime:
         return True
     return now > record.expires_at and not sighting.advanced
+
+
+def _by_blocks(server: SignedRecord) -> tuple[int, int, str]:
+    record = server.record
+    return record.blocks.start, record.blocks.end, record.peer_id
 
 
 def _blocks(server: SignedRecord) -> range:
