@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 from simulation.rules import Server
 from simulation.world import Floats
 from swarm.dht.records import ServerState
+from swarm.server.placement import Holder, can_give
 from swarm.types import BlockRange
 
 _LEAST, _FINE, _BINS = 1e-3, 1.02, 700  # seconds; bins of 2 %, up to a quarter of an hour
@@ -145,34 +145,10 @@ def whole_throughput(num_blocks: int, spans: Spans) -> float:
 
 
 def parts_throughput(num_blocks: int, spans: Spans) -> float:
-    """The most that sessions through parts of spans can have, by bisection.
-
-    A rate can be had if each block gets so much of the servers that hold it, whoever must stop
-    soonest giving first (earliest deadline first, which finds a division if there is one).
-    """
-    starting: list[list[tuple[int, float]]] = [[] for _ in range(num_blocks)]
-    for blocks, speed in spans:
-        starting[blocks.start].append((blocks.end, speed))
+    """The most that sessions through parts of spans can have, by bisection."""
+    holders = [Holder("", blocks, speed) for blocks, speed in spans]
     low, high = 0.0, sum(speed for _, speed in spans) / num_blocks
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if _possible(starting, middle) else (low, middle)
+        low, high = (middle, high) if can_give(num_blocks, holders, middle) else (low, middle)
     return low
-
-
-def _possible(starting: Sequence[Sequence[tuple[int, float]]], rate: float) -> bool:
-    giving: list[tuple[int, float]] = []
-    for block, new in enumerate(starting):
-        for each in new:
-            heapq.heappush(giving, each)
-        wanted = rate
-        while wanted > 0:
-            while giving and giving[0][0] <= block:
-                heapq.heappop(giving)
-            if not giving:
-                return False
-            end, left = heapq.heappop(giving)
-            if left > wanted:
-                heapq.heappush(giving, (end, left - wanted))
-            wanted -= left
-    return True

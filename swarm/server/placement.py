@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from itertools import accumulate
 from statistics import median_low
 from zlib import crc32
@@ -19,6 +20,7 @@ _GRAIN = 2.0**-20  # tokens/s
 _CREDIBLE = 30.0  # nobody counts for more than so many typical servers: records may lie
 _REST_SECONDS = 600.0  # between two moves of one server, unless there is a hole to fill
 _STAY_SECONDS = 1800.0  # for so long things are taken to stay as they are
+_ENOUGH = 0.9  # of what servers could give, if sessions use parts of spans: then nobody moves
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,32 @@ def swarm_throughput(num_blocks: int, holders: Iterable[Holder]) -> float:
     return min(capacities(num_blocks, holders))
 
 
+def can_give(num_blocks: int, holders: Iterable[Holder], rate: float) -> bool:
+    """Whether sessions that use parts of spans, as routes do, can have so many tokens/s.
+
+    Each block takes what it needs of those that hold it, whoever must stop soonest giving first:
+    earliest deadline first, which finds a division of their time if there is one.
+    """
+    starting: list[list[tuple[int, float]]] = [[] for _ in range(num_blocks)]
+    for holder in holders:
+        if holder.blocks.start < num_blocks:
+            starting[holder.blocks.start].append((holder.blocks.end, holder.speed))
+    giving: list[tuple[int, float]] = []
+    for block, new in enumerate(starting):
+        for each in new:
+            heappush(giving, each)
+        wanted = rate
+        while wanted > 0:
+            if not giving:
+                return False
+            end, left = heappop(giving)
+            if end > block:
+                if left > wanted:
+                    heappush(giving, (end, left - wanted))
+                wanted -= left
+    return True
+
+
 def choose_span(num_blocks: int, holders: Iterable[Holder], wanted: int) -> BlockRange:
     """The `wanted` consecutive blocks that need another server most, the first if there are ties.
 
@@ -93,6 +121,15 @@ def settle(
     return choose_span(num_blocks, placed, len(me.blocks))
 
 
+def is_well(num_blocks: int, holders: Sequence[Holder], quality: float) -> bool:
+    """Whether no move could be worth it, whoever moves: the rarest block carries `quality` (0..1)
+    of what it would if all were spread evenly, or routes over parts of spans make up for that."""
+    ideal = sum(holder.speed for holder in holders) / num_blocks
+    return swarm_throughput(num_blocks, holders) >= quality * ideal or can_give(
+        num_blocks, holders, _ENOUGH * ideal
+    )
+
+
 def consider_move(
     num_blocks: int,
     holders: Sequence[Holder],
@@ -105,17 +142,18 @@ def consider_move(
 ) -> BlockRange | None:
     """Where `me` should move to, or None, which is the usual answer.
 
-    `quality` in 0..1: all is well while the swarm gives that share of what its servers could; and a
-    gain is worth a move if it is more than the rest of this server's share, or of what the blocks
-    give after it. `move_seconds` is what a move costs in time: leaving, loading, and replays
-    elsewhere. `now_random` is in [0, 1): of several that could move, the best does so at once, the
-    r-th best with a chance of 1 in r, in case those before it cannot. Nobody leaves a block that no
-    other server holds.
+    `quality` is that of `is_well`; and a gain is worth a move if it is more than the rest of this
+    server's share, or of what the blocks give after it. `move_seconds` is what a move costs in
+    time: leaving, loading, and replays elsewhere. `now_random` is in [0, 1): of several that could
+    move, the best does so at once, the r-th best with a chance of 1 in r, in case those before it
+    cannot. Nobody leaves a block that no other server holds.
     """
     others = [holder for holder in holders if holder.peer_id != me.peer_id]
     before = capacities(num_blocks, [*others, me])
-    lowest, ideal = min(before), sum(h.speed for h in (*others, me)) / num_blocks
-    if lowest >= quality * ideal or (lowest > 0 and since_move < _REST_SECONDS):
+    lowest = min(before)
+    if lowest > 0 and since_move < _REST_SECONDS:
+        return None
+    if is_well(num_blocks, (*others, me), quality):
         return None
     blocks = choose_span(num_blocks, others, len(me.blocks))
     after = capacities(num_blocks, [*others, replace(me, blocks=blocks)])
@@ -127,9 +165,8 @@ def consider_move(
         return None
     if gain <= (1 - quality) * min(me.share, level):
         return None
-    if gain * _STAY_SECONDS <= move_seconds * min(
-        me.share, lowest
-    ):  # what it cannot give meanwhile
+    lost = move_seconds * min(me.share, lowest)  # what it cannot give meanwhile
+    if gain * _STAY_SECONDS <= lost:
         return None
     if now_random * (1 + _better_movers(before, others, me)) >= 1:
         return None
