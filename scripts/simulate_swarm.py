@@ -26,11 +26,10 @@ examples:
   %(prog)s --dht                                       bytes per node in the DHT, by size
   %(prog)s --servers 100 --clients 100 --minutes 10    a first look, in seconds
   %(prog)s --rules ours,petals --json run.json --plot run.svg
-  %(prog)s --servers 10000 --clients 1000 --minutes 20 --tick 5
+  %(prog)s --servers 10000 --clients 2000 --minutes 1 --warmup 3 --rules ours
 
 All servers hold a part of one model with 80 blocks. Speeds, links, places and lifetimes are drawn
-from --seed, once for all rules; the same seed gives the same figures. Ten minutes go before what
-counts.
+from --seed, once for all rules; the same seed gives the same figures.
 """
 
 
@@ -45,6 +44,7 @@ def main() -> None:
         hours=arguments.minutes / 60,
         seed=arguments.seed,
         lifetime=60.0 * arguments.lifetime,
+        warmup=60.0 * arguments.warmup,
         tick=arguments.tick,
     )
     about, done = dataclasses.asdict(scenario), dict[str, Any]()
@@ -96,6 +96,8 @@ def _parse() -> argparse.Namespace:
     add("--servers", type=_count, default=1000, help="that are up at any time (default 1000)")
     add("--clients", type=_count, default=2000, help="people who chat (default 2000)")
     add("--minutes", type=_positive, default=60, help="simulated after the warm-up (default 60)")
+    add("--warmup", type=_positive, default=10, metavar="MINUTES",
+        help="simulated before, not counted (default 10)")  # fmt: skip
     add("--lifetime", type=_positive, default=60, metavar="MINUTES",
         help="a server's median; lower is more churn (default 60)")  # fmt: skip
     add("--rules", type=_rules, default=list(RULES), metavar="NAMES",

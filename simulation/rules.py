@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from simulation.world import Machine, Scenario
-from swarm.dht.records import ServerState
+from swarm.dht.records import ServerRecord, ServerState
 from swarm.types import BlockRange
 
 KV_TOKENS = 2 * 65_536  # positions that a server promises: as roomy as ours, twice overcommitted
@@ -32,7 +32,7 @@ class Server:
 
     @property
     def peer_id(self) -> str:
-        return f"server{self.index:08d}"
+        return peer_id_of(self.index)
 
     @property
     def alive(self) -> bool:
@@ -41,6 +41,14 @@ class Server:
     @property
     def free_tokens(self) -> int:
         return max(0, KV_TOKENS - self.promised // len(self.blocks))
+
+
+def peer_id_of(index: int) -> str:
+    return f"server{index:08d}"
+
+
+def index_of(record: ServerRecord) -> int:
+    return int(record.peer_id.removeprefix("server"))
 
 
 @dataclass(frozen=True, slots=True)
