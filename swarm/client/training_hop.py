@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -22,8 +23,10 @@ from swarm.protocol import TRAINED, Conversation
 from swarm.transport import Endpoint, Stream, Transport
 from swarm.wire import decode, encode
 
+T = TypeVar("T")
+
 _LONGEST = 600.0  # seconds for a request, whatever signs of life its server gives
-_LOOK = 5.0  # seconds of silence after which a server is asked whether it lives
+_LOOK = 5.0  # seconds without progress after which a server is asked whether it lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +93,12 @@ class Post:
     ) -> Mapping[str, Tensor]:
         tensors, answer = both
         conversation = Conversation(TRAINED)
-        await stream.send(encode(request))
+        await self._alive(endpoint, stream.send(encode(request)))
         message = await self._hear(stream, endpoint, conversation)
         assert isinstance(message, Opened)  # by the table, if it did not refuse
         try:
             for piece in in_pieces(tensors, request.codec):
-                await stream.send(encode(piece))
+                await self._alive(endpoint, stream.send(encode(piece)))
         except PeerUnavailable:
             await self._hear(stream, endpoint, conversation)  # perhaps it has said why
             raise
@@ -109,17 +112,24 @@ class Post:
     async def _hear(
         self, stream: Stream, endpoint: Endpoint, conversation: Conversation
     ) -> Message:
-        """The next message; a server that is silent must at least say that it lives."""
-        while True:
-            try:
-                async with asyncio.timeout(_LOOK):
-                    frame = await stream.receive()
-                break
-            except TimeoutError:
-                await ask(self.transport, self.access, endpoint, self.config.timeouts.sync)
+        """The next message."""
+        frame = await self._alive(endpoint, stream.receive())
         if frame is None:
             raise PeerUnavailable(f"{endpoint} ended the stream")
         message = conversation.receive(decode(frame))
         if isinstance(message, Refused):
             raise refusal(message)
         return message
+
+    async def _alive(self, endpoint: Endpoint, work: Coroutine[Any, Any, T]) -> T:
+        """What that gives, however long it takes, as long as the server says that it lives.
+
+        Raises PeerUnavailable.
+        """
+        task = asyncio.create_task(work)
+        try:
+            while not (await asyncio.wait([task], timeout=_LOOK))[0]:
+                await ask(self.transport, self.access, endpoint, self.config.timeouts.sync)
+            return await task
+        finally:
+            task.cancel()

@@ -87,7 +87,11 @@ class Lender:
     async def _send(self, stream: Stream, block: int, data: bytes) -> None:
         for start in range(0, len(data), _PART_BYTES):
             part = data[start : start + _PART_BYTES]
-            await stream.send(encode(Bundle(block=block, start=start, data=part)))
+            try:
+                async with asyncio.timeout(self.timeout):
+                    await stream.send(encode(Bundle(block=block, start=start, data=part)))
+            except TimeoutError:
+                raise PeerUnavailable(f"an adapter was not taken for {self.timeout:g} s") from None
 
     async def _hear(self, stream: Stream, conversation: Conversation) -> Sequence[int]:
         try:
