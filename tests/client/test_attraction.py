@@ -1,6 +1,7 @@
 """How much of the traffic one liar gets, over 25 minutes of many clients' sessions.
 
-It claims to hold everything, at 1e9 tokens per second, with no distance to anybody; what it does
+It claims to hold everything, at 1e9 tokens per second, with no distance to anybody, and where all
+say where they are, to be in their midst, with room for all and a line without end; what it does
 then is what the tests differ in. Sessions go on elsewhere each time: that is in test_liars.py.
 """
 
@@ -23,6 +24,15 @@ TRIES = 4  # of a session that begins, before it gives up
 
 NEAR = {peer_tag(name): 0 for name in HONEST[:6]}
 MARKET = [server(name, "0:12" if i % 2 else "12:24") for i, name in enumerate(HONEST)]
+MARKET.append(server(LIAR, "0:24", throughput=1e9, next_rtts=NEAR))
+WORD = {"batch_throughput": 1e9, "uplink": 2**32 - 1, "free_tokens": 2**32 - 1}
+PLACED = [
+    server(name, "0:12" if i % 2 else "12:24", coordinates=(100 * (i % 4), 50 * (i % 3), 0, 50))
+    for i, name in enumerate(HONEST)
+]
+PLACED.append(
+    server(LIAR, "0:24", throughput=1e9, next_rtts=NEAR, coordinates=(150, 50, 0, 0), **WORD)
+)
 Liar = Callable[[PeerBook, float], bool]
 """What comes of a session that begins there: whether the client stays for all its steps."""
 
@@ -60,11 +70,13 @@ def is_slow(book: PeerBook, now: float) -> bool:
     return True
 
 
-def shares(liar: Liar) -> tuple[float, float]:
+def shares(liar: Liar, *, placed: bool) -> tuple[float, float]:
     """Of all openings in the first two minutes, and afterwards."""
     rng = random.Random(0)
-    chart = Chart([*MARKET, server(LIAR, "0:24", throughput=1e9, next_rtts=NEAR)])
+    chart = Chart(PLACED if placed else MARKET)
     books = [PeerBook(random.Random(i)) for i in range(CLIENTS)]
+    for book in books if placed else []:
+        book.coordinates = (0.01, 0.005, 0.0, 0.005)
     sessions = sorted(
         (rng.uniform(0, PERIOD) + PERIOD * turn, client)
         for client in range(CLIENTS)
@@ -89,8 +101,11 @@ def shares(liar: Liar) -> tuple[float, float]:
     )
 
 
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("liar", [nowhere, refuses, renews, flaps, is_slow])
-def test_one_liar_gets_a_small_share_of_openings_and_soon_hardly_any(liar: Liar) -> None:
-    early, later = shares(liar)
+def test_one_liar_gets_a_small_share_of_openings_and_soon_hardly_any(
+    liar: Liar, *, placed: bool
+) -> None:
+    early, later = shares(liar, placed=placed)
     assert early < 0.6
     assert later < (0.15 if liar in (refuses, flaps) else 0.1)
