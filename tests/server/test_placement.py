@@ -14,6 +14,7 @@ from swarm.errors import UsageError
 from swarm.server.placement import (
     Holder,
     believe,
+    can_give,
     capacities,
     check_fit,
     choose_span,
@@ -192,6 +193,27 @@ def test_a_move_must_pay() -> None:
     assert move(16, holders, holders[-1], move_seconds=1800.0) is None  # 100 GB over a slow line
     even = swarm(5, 7)
     assert [move(16, even, each) for each in even] == [None] * 12
+
+
+@given(swarms())
+def test_parts_of_spans_give_no_less_than_whole_ones_and_no_more_than_there_is(
+    swarm: tuple[int, list[Holder]],
+) -> None:
+    num_blocks, holders = swarm
+    assert can_give(num_blocks, holders, 0.999 * swarm_throughput(num_blocks, holders))
+    ideal = sum(each.speed for each in holders) / num_blocks
+    assert not can_give(num_blocks, holders, 1.001 * ideal)
+
+
+def test_nobody_moves_while_routes_over_parts_of_spans_make_up_for_it() -> None:
+    small = [holder("one", 0, 2, 4.0), holder("two", 0, 2, 4.0)]
+    holders = [holder("large", 0, 4, 8.0), *small]  # which can leave 0:2 to the others
+    assert capacities(4, holders) == [6.0, 6.0, 2.0, 2.0]
+    assert can_give(4, holders, 4.0)
+    assert [move(4, holders, each) for each in holders] == [None] * 3
+    holders[0] = holder("large", 0, 4, 2.0)
+    assert not can_give(4, holders, 2.0)
+    assert move(4, holders, holders[1]) == BlockRange(2, 4)
 
 
 def test_only_a_few_of_many_move_at_once_and_the_swarm_is_level_soon() -> None:
