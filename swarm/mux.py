@@ -263,9 +263,7 @@ class Link:
         if bulk:
             self._lanes = [self._lanes[0], _Lane()]
         lane = self._lanes[-1]
-        task = asyncio.current_task()
-        assert task is not None
-        self._carriers.add(task)
+        self._carriers.add(_this_task())  # no name for it here: see below
         writing = asyncio.create_task(self._write(lane, pipe))
         error: SwarmError = PeerUnavailable(f"{self.where}: the stream is closed")
         try:
@@ -276,10 +274,10 @@ class Link:
                     self._taken.clear()
                     await self._taken.wait()
         except SwarmError as problem:
-            error = problem
+            error = afresh(problem)
             raise
         finally:
-            self._carriers.discard(task)
+            self._carriers.discard(_this_task())
             writing.cancel()
             self.lose(error)
             await asyncio.wait({writing})
@@ -287,7 +285,7 @@ class Link:
     def lose(self, error: SwarmError) -> None:
         """End every stream, and with them the link."""
         if self.error is None:
-            self.error = error
+            self.error = afresh(error)
         for channel in list(self._channels.values()):
             channel.fail(error)
         self._channels.clear()
@@ -351,7 +349,7 @@ class Link:
                     self._room.set()
         except SwarmError as error:
             # Whoever reads learns it too, perhaps with a last word of the other end before.
-            self.error = self.error or error
+            self.error = self.error or afresh(error)
             self._room.set()
 
     def _arrived(self, message: bytes) -> None:
@@ -392,6 +390,14 @@ class Link:
         self.held += len(payload)
         self._gauge.add(len(payload))
         channel.arrive(sequence, kind, payload)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    """A task that a name in its own frame refers to is freed, if it was cancelled, only by the
+    garbage collector; and with it the connection that it carries, which stays up until then."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _bad(why: str) -> RemoteProtocolError:

@@ -59,6 +59,7 @@ _SERVER_OPTIONS: list[tuple[str, Any]] = [
     # Must be below the client's keepalive time, or it is sent away for "too many pings".
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),  # a link has a stream; others cost 100 kB each
 ]
 _CLIENT_OPTIONS: list[tuple[str, Any]] = [
     *_COMMON_OPTIONS,
@@ -119,8 +120,7 @@ class RpcServer:
     """Answers peers with a `Service`, over TLS. An error in a handler ends its stream alone."""
 
     def __init__(self, service: Service, *, max_streams: int) -> None:
-        self._service = service
-        self._max_streams = max_streams
+        self._service, self._max_streams = service, max_streams
         self._complaints = Sparing(logger)
         self._running: set[asyncio.Task[Any]] = set()
         self._links: dict[bytes, Link] = {}

@@ -1,7 +1,9 @@
 """The real network's streams: frames arrive, breaks are noticed, nobody holds up others."""
 
 import asyncio
+import gc
 import os
+import weakref
 from typing import Any
 
 import pytest
@@ -297,5 +299,44 @@ def test_a_compressed_frame_is_not_unpacked() -> None:
 
             with pytest.raises(grpc.aio.AioRpcError):
                 await ask()
+
+    run(go())
+
+
+def test_a_closed_connection_is_gone_at_once() -> None:
+    """Those that waited for the garbage collector stayed up at both ends, for minutes."""
+
+    async def go() -> None:
+        async with serving() as (_, endpoint, transport):
+            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            await stream.send(b"x")
+            assert await stream.receive() == b"x"
+            carriers = [weakref.ref(task) for task in transport.connections]
+            assert [carrier() is None for carrier in carriers] == [False]
+            await transport.close()
+            await asyncio.sleep(0)  # the loop's own last word to them
+            assert [carrier() is None for carrier in carriers] == [True]
+
+    gc.disable()
+    try:
+        run(go())
+    finally:
+        gc.enable()
+
+
+def test_a_connection_that_is_for_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "grpc.max_connection_idle_ms"
+    others = [option for option in rpc._SERVER_OPTIONS if option[0] != name]
+    assert len(others) < len(rpc._SERVER_OPTIONS)
+    monkeypatch.setattr(rpc, "_SERVER_OPTIONS", [*others, (name, 200)])
+
+    async def go() -> None:
+        async with serving() as (_, endpoint, transport), raw_channel(endpoint.port) as channel:
+            stream = await transport.open_stream(endpoint, "session", TIMEOUT)
+            async with asyncio.timeout(TIMEOUT):
+                await channel.channel_ready()
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            await stream.send(b"this one is for something")
+            assert await stream.receive() == b"this one is for something"
 
     run(go())
