@@ -216,6 +216,24 @@ def test_nobody_moves_while_routes_over_parts_of_spans_make_up_for_it() -> None:
     assert move(4, holders, holders[1]) == BlockRange(2, 4)
 
 
+def test_nobody_moves_if_other_blocks_are_rarer() -> None:
+    """1:3 would be a better place than 0:2, but the swarm would give as little as before."""
+    holders = [holder("me", 0, 2, 2.0), holder("first", 0, 1, 5.0), holder("last", 2, 3, 3.0)]
+    assert capacities(3, holders) == [6.0, 1.0, 3.0]
+    assert move(3, holders, holders[0]) is None
+    holders[2] = holder("last", 2, 3, 1.0)  # now that one is as rare
+    assert move(3, holders, holders[0]) == BlockRange(1, 3)
+
+
+@pytest.mark.parametrize(("beside", "moves"), [(4.2, False), (4.3, True)])
+def test_a_gain_of_a_quarter_of_what_it_can_add_is_worth_a_move(
+    beside: float, *, moves: bool
+) -> None:
+    holders = [holder("rare", 0, 2, 8.0), holder("beside", 2, 4, 2 * beside)]
+    holders += [holder("rich", 4, 6, 20.0), holder("me", 2, 4, 2.0)]
+    assert move(6, holders, holders[-1]) == (BlockRange(0, 2) if moves else None)
+
+
 def test_only_a_few_of_many_move_at_once_and_the_swarm_is_level_soon() -> None:
     """Each looks once a round, at the same picture; ten servers are where a quarter should be."""
     rng = random.Random(7)
