@@ -115,7 +115,7 @@ class Watcher:
 
     async def look(self) -> None:
         """Take a new picture of each model. Raises PeerUnavailable if nobody answers."""
-        for watched in self.watched.values():
+        for watched in list(self.watched.values()):  # of which one may be forgotten meanwhile
             await watched.directory.refresh()
             self._take_in(watched, self._dht.now())
         self.looked, self._at = self.clock(), int(self._dht.now())

@@ -90,6 +90,39 @@ def test_only_wanted_models_are_watched_and_never_too_many(monkeypatch: Any) -> 
     assert model["name"] == "model 4"
 
 
+def test_a_model_may_be_forgotten_while_another_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody has served it for a day; and that took the whole monitor down."""
+    story = Story()
+    announce(story.dht, ADA, blocks="0:24")
+    announce(story.dht, BEA, blocks="0:24", model=ModelId("old", MODEL.fingerprint))
+    assert len(story.look()["models"]) == 2
+    story.dht.time += module.DAY + 1.0
+    announce(story.dht, ADA, blocks="0:24")
+
+    async def look_while_one_is_forgotten() -> None:
+        told = asyncio.Event()
+        get_many = story.dht.get_many
+
+        async def slowly(*arguments: Any, **options: Any) -> Any:
+            await told.wait()
+            return await get_many(*arguments, **options)
+
+        await story.watcher.look()
+        monkeypatch.setattr(story.dht, "get_many", slowly)
+        looking = asyncio.create_task(story.watcher.look())
+        await asyncio.sleep(0)
+        story.watcher.tell()
+        story.watcher.note()
+        told.set()
+        await looking
+        monkeypatch.undo()
+
+    asyncio.run(look_while_one_is_forgotten())
+    assert list(story.look()["models"]) == [KEY]
+
+
 def test_a_dht_that_does_not_answer_is_told_and_the_last_picture_stays() -> None:
     story = Story()
     announce(story.dht, ADA)
