@@ -132,7 +132,9 @@ class Watcher:
             self._take_in(watched, now)
 
     def tell(self) -> None:
-        """Publish what is known now."""
+        """Publish what is known now, of models that somebody served within a day."""
+        for key in [k for k, w in self.watched.items() if w.seen < self.now() - DAY]:
+            del self.watched[key]
         answers = self.pulse.answers if self.pulse else {}
         models: Json = {}
         for key, watched in self.watched.items():
@@ -198,8 +200,6 @@ class Watcher:
             ]
             watched.history.look(now, model["tokens"], model["replicas"], serving)
             watched.seen = now if serving else watched.seen
-        for key in [k for k, w in self.watched.items() if w.seen < now - DAY]:
-            del self.watched[key]
 
     def _kept(self) -> dict[str, Kept]:
         return {
