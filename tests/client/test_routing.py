@@ -185,7 +185,7 @@ def test_nobody_moves_to_and_fro(here: float, there: float, replay: float) -> No
 
 
 def test_a_thousand_servers_are_no_burden() -> None:
-    """That it takes 3 ms to 5 ms is for docs/routing.md; here, that all of them were looked at."""
+    """How long it takes is for docs/routing.md; here, that all of them were looked at."""
     lots = random.Random(0)
     servers = [
         server(f"server{i:04}", f"{start}:{start + 4}", throughput=1 + lots.random())
