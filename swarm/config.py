@@ -22,6 +22,7 @@ class ServerLimits:
     training_bytes: int = 1 << 29  # of batches that are trained with, over all clients; 0: none are
     training_wait: float = 20.0  # seconds for which such a batch waits for memory
     adapter_bytes: int = 1 << 28  # of clients' adapters, one client at most half; 0: none
+    resident_bytes: int = 1 << 30  # of adapters that the owner preloads
     graph_bytes: int = 1 << 30  # of what is kept on the device to go back through blocks
     open_timeout: float = 10.0  # seconds in which a stream must say what it wants
     idle_timeout: float = 1800.0  # seconds without a step before a session is closed

@@ -25,6 +25,7 @@ class ErrorCode(StrEnum):
     DEADLINE = "deadline"  # the answer was not ready in time
     DRAINING = "draining"  # the server is leaving
     BAD_ADAPTER = "bad_adapter"  # its names, shapes or numbers do not fit, or not its hash
+    UNKNOWN_ADAPTER = "unknown_adapter"  # it is not lent here, nor announced: lend it
     INTERNAL = "internal"  # a defect on the server's side
 
 

@@ -21,6 +21,7 @@ def as_tuple(value: object) -> object:
 
 
 Id = Annotated[bytes, Field(min_length=16, max_length=16)]
+Digest = Annotated[bytes, Field(min_length=32, max_length=32)]
 Count = Annotated[int, Field(ge=0, le=1 << 31)]
 Position = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Block = Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
@@ -67,20 +68,40 @@ class TensorFrame(Frozen):
         return self
 
 
-class PushTarget(Frozen):
-    """The right to push into one session of the next hop, whose signed record says where it is."""
-
-    record: Record
-    session_id: Id
-    ticket: Id
-
-
 class Credentials(Frozen):
     """Proof that the opener owns `public_key` and, in a private swarm, holds the swarm key."""
 
     public_key: Annotated[bytes, Field(max_length=600)]
     signature: Annotated[bytes, Field(max_length=600)]
     proof: Annotated[bytes, Field(max_length=64)] = b""
+
+
+class Opening(Frozen):
+    """What every stream of a client begins with, whatever it is for: blocks `[start, end)` of which
+    model, computed how, asked for by whom."""
+
+    protocol_min: Count = PROTOCOL_VERSION
+    protocol_max: Count = PROTOCOL_VERSION
+    capabilities: Annotated[
+        tuple[ShortText, ...], BeforeValidator(as_tuple), Field(max_length=32)
+    ] = ()
+    model: ShortText
+    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
+    dtype: DType
+    quantization: ShortText = "none"
+    session_id: Id
+    start: Block
+    end: Block
+    trace_id: Annotated[str, Field(max_length=64)] = ""
+    credentials: Credentials
+
+
+class PushTarget(Frozen):
+    """The right to push into one session of the next hop, whose signed record says where it is."""
+
+    record: Record
+    session_id: Id
+    ticket: Id
 
 
 class Load(Frozen):

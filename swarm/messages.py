@@ -19,9 +19,11 @@ from swarm.fields import (
     Block,
     Count,
     Credentials,
+    Digest,
     Frozen,
     Id,
     Load,
+    Opening,
     Position,
     PushTarget,
     Record,
@@ -32,35 +34,23 @@ from swarm.fields import (
     as_tuple,
 )
 from swarm.messages_training import Bundle, Lend, Lent, Piece, Train, Trained
-from swarm.types import Codec, DType
+from swarm.types import Codec
 
 HAND_OVER = "hand_over"  # the capability
 
 
-class Open(Frozen):
-    """Client to server, first on a session stream: reserve a cache for blocks `[start, end)`."""
+class Open(Opening):
+    """Client to server, first on a session stream: reserve a cache for blocks `[start, end)`, with
+    an `adapter` that this client has lent, or that the server announces."""
 
     kind: Literal["open"] = "open"
-    protocol_min: Count = PROTOCOL_VERSION
-    protocol_max: Count = PROTOCOL_VERSION
-    capabilities: Annotated[
-        tuple[ShortText, ...], BeforeValidator(as_tuple), Field(max_length=32)
-    ] = ()
-    model: ShortText
-    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
-    dtype: DType
-    quantization: ShortText = "none"
     codec: Codec = "none"  # of what this hop sends
-    session_id: Id
     ticket: Id
-    start: Block
-    end: Block
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)]
     max_length: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     next: PushTarget | None = None
+    adapter: Digest | None = None
     priority: Annotated[int, Field(ge=0, le=9)] = 5
-    trace_id: Annotated[str, Field(max_length=64)] = ""
-    credentials: Credentials
 
 
 class Opened(Frozen):
@@ -235,12 +225,14 @@ class InfoRequest(Frozen):
 
 
 class Info(Frozen):
-    """A server about itself: its signed record and its counters since start."""
+    """A server about itself: its signed record, its counters since start, and the adapters that it
+    has for all, by name."""
 
     kind: Literal["info"] = "info"
     record: Record
     load: Load
     counters: Annotated[dict[ShortText, Annotated[int, Field(ge=0)]], Field(max_length=64)] = {}  # noqa: RUF012
+    adapters: Annotated[dict[ShortText, Digest], Field(max_length=16)] = {}  # noqa: RUF012
 
 
 Message = (

@@ -8,19 +8,18 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from swarm.fields import (
-    PROTOCOL_VERSION,
     Block,
     Count,
-    Credentials,
+    Digest,
     Frozen,
-    Id,
     Load,
+    Opening,
     Shape,
     ShortText,
     TensorFrame,
     as_tuple,
 )
-from swarm.types import DTYPE_BYTES, Codec, DType
+from swarm.types import DTYPE_BYTES, Codec
 
 
 class TensorSpec(Frozen):
@@ -34,7 +33,7 @@ class TensorSpec(Frozen):
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-class Train(Frozen):
+class Train(Opening):
     """Client to server, first on a session stream: run a batch through blocks `[start, end)`, or
     (`backward`) gradients back through them. After `opened` all `tensors` follow in pieces; then
     the answer comes in pieces, and `trained`. Nothing outlives the stream.
@@ -45,51 +44,30 @@ class Train(Frozen):
     """
 
     kind: Literal["train"] = "train"
-    protocol_min: Count = PROTOCOL_VERSION
-    protocol_max: Count = PROTOCOL_VERSION
-    capabilities: Annotated[
-        tuple[ShortText, ...], BeforeValidator(as_tuple), Field(max_length=32)
-    ] = ()
-    model: ShortText
-    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
-    dtype: DType
-    quantization: ShortText = "none"
     codec: Codec = "none"  # of what the server sends
-    session_id: Id
-    start: Block
-    end: Block
     backward: bool = False
     tensors: Annotated[dict[ShortText, TensorSpec], Field(max_length=8)]
-    loan: Id | None = None  # of adapters that were lent here
+    adapter: Digest | None = None  # as in `open`
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 600_000
-    trace_id: Annotated[str, Field(max_length=64)] = ""
-    credentials: Credentials
 
 
 class BundleSpec(Frozen):
     """One block's adapter: SHA-256 and length of its safetensors bytes."""
 
     block: Block
-    digest: Annotated[bytes, Field(min_length=32, max_length=32)]
+    digest: Digest
     size: Annotated[int, Field(ge=1, le=1 << 30)]
 
 
-class Lend(Frozen):
-    """Client to server, first on a session stream: keep these adapters while the stream lasts, for
-    the session with this id, or for batches that name it as their `loan`."""
+class Lend(Opening):
+    """Client to server, first on a session stream: while the stream lasts, and what was begun
+    meanwhile with this adapter, keep it for me in blocks `[start, end)`. `bundles` are all that it
+    consists of, whoever has their blocks: its hash is theirs."""
 
     kind: Literal["lend"] = "lend"
-    protocol_min: Count = PROTOCOL_VERSION
-    protocol_max: Count = PROTOCOL_VERSION
-    model: ShortText
-    fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
-    dtype: DType
-    quantization: ShortText = "none"
-    session_id: Id
     bundles: Annotated[
         tuple[BundleSpec, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=512)
     ]
-    credentials: Credentials
 
 
 class Lent(Frozen):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from swarm.errors import ErrorCode, RemoteProtocolError
+from swarm.fields import Opening
 from swarm.messages import (
     PROTOCOL_VERSION,
     Attach,
@@ -135,7 +136,7 @@ class Conversation:
         return message
 
 
-def agree_on_version(message: Open | Train | Lend) -> int:
+def agree_on_version(message: Opening) -> int:
     """The highest version both ends speak. Raises RemoteProtocolError BAD_VERSION."""
     if not message.protocol_min <= PROTOCOL_VERSION <= message.protocol_max:
         raise RemoteProtocolError(

@@ -299,8 +299,9 @@ class InProcessSwarm:
             assert (len(admission), admission.promised) == (0, 0)
             handler = server.handler
             self.wait_until(
-                lambda handler=handler: not (handler._loans._loans or handler._training)
+                lambda handler=handler: not (len(handler._loans.stock) or handler._training)
             )
+            handler._loans.stock.check_integrity()
             assert server.handler.load().queue == 0
         self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
 

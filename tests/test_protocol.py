@@ -126,6 +126,8 @@ MESSAGES: list[Message] = [
         fingerprint="0" * 64,
         dtype="float32",
         session_id=b"s" * 16,
+        start=0,
+        end=1,
         bundles=(BundleSpec(block=0, digest=b"d" * 32, size=1),),
         credentials=Credentials(public_key=b"", signature=b""),
     ),

@@ -94,21 +94,22 @@ identity: dict[str, st.SearchStrategy[Any]] = {
     "dtype": dtypes,
     "quantization": texts,
     "session_id": ids,
+    "capabilities": words,
+    "start": blocks,
+    "end": blocks,
+    "trace_id": st.text(max_size=64),
     "credentials": credentials,
 }
 EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     Open: st.builds(
         Open,
-        capabilities=words,
         codec=codecs,
         ticket=ids,
-        start=blocks,
-        end=blocks,
         batch_size=st.integers(1, messages.MAX_BATCH),
         max_length=st.integers(1, messages.MAX_TOKENS),
         next=st.none() | targets,
+        adapter=st.none() | digests,
         priority=st.integers(0, 9),
-        trace_id=st.text(max_size=64),
         **identity,
     ),
     Opened: st.builds(
@@ -170,15 +171,11 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     ),
     Train: st.builds(
         Train,
-        capabilities=words,
         codec=codecs,
-        start=blocks,
-        end=blocks,
         backward=st.booleans(),
         tensors=st.dictionaries(texts, tensors().map(spec), max_size=8),
-        loan=st.none() | ids,
+        adapter=st.none() | digests,
         deadline_ms=st.integers(1, 86_400_000),
-        trace_id=st.text(max_size=64),
         **identity,
     ),
     Lend: st.builds(
@@ -198,6 +195,7 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
         record=records,
         load=loads,
         counters=st.dictionaries(texts, st.integers(0, 1 << 63), max_size=64),
+        adapters=st.dictionaries(texts, digests, max_size=16),
     ),
 }
 

@@ -38,6 +38,7 @@ examples:
   swarm-server --peers /ip4/.../p2p/Qm...     join one; serve the blocks it needs most
   swarm-server meta-llama/Llama-3.1-8B --blocks 0:16 --device cuda
   swarm-server ./my-model --model-name me/my-model --swarm-key secret.key
+  swarm-server Qwen/Qwen3-8B --adapters poet=./my-adapter me/another-adapter
 
 MODEL is a folder with safetensors weights or a Hugging Face repo id (OWNER/NAME); only the files
 that hold the blocks are fetched. When the server can serve, it prints one line:
@@ -73,6 +74,7 @@ def server_parser() -> Parser:
         metavar="N",
         help="serve the N blocks that the swarm needs most (default: as many as fit)",
     )
+    _add_adapters(parser)
     _add_balancing(parser)
     _add_listening(parser, port=0)
     _add_metrics(parser)
@@ -112,6 +114,18 @@ def server_parser() -> Parser:
         "quarter of what is free beside the weights, on a GPU 70 %%)",
     )
     return parser
+
+
+def _add_adapters(parser: Parser) -> None:
+    parser.add_argument(
+        "--adapters",
+        nargs="+",
+        type=_adapter,
+        default=(),
+        metavar="[NAME=]ADAPTER",
+        help="LoRA adapters to preload for everybody: folders that PEFT wrote, or repo ids; the "
+        "first three are announced (docs/finetuning.md)",
+    )
 
 
 def _add_balancing(parser: Parser) -> None:
@@ -189,6 +203,12 @@ def _add_listening(parser: Parser, *, port: int) -> None:
     )
 
 
+def _adapter(text: str) -> str:
+    if not text.rpartition("=")[2]:
+        raise argparse.ArgumentTypeError(f"'{text}' names no folder and no repo")
+    return text
+
+
 def _share(text: str) -> float:
     with suppress(ValueError):
         if 0 <= (share := float(text)) <= 1:
@@ -222,7 +242,8 @@ def serve(argv: Sequence[str]) -> int:
 
     del asked["verbose"], asked["log_format"]
     peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_bytes=asked.pop("kv_bytes"))
-    config = ServerConfig(peers=peers, limits=limits, **asked)
+    adapters = tuple(asked.pop("adapters"))
+    config = ServerConfig(peers=peers, limits=limits, adapters=adapters, **asked)
 
     async def work(life: _Life) -> None:
         async with ServerNode.running(config) as node:

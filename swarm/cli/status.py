@@ -204,6 +204,7 @@ def _model_as_object(view: SwarmView) -> dict[str, object]:
                 "throughput": round(record.throughput, 2),
                 "queue": record.queue,
                 "free_tokens": record.free_tokens,
+                "adapters": [str(adapter) for adapter in record.adapters],
                 "version": record.version,
             }
             for record in records
@@ -220,7 +221,8 @@ def picture(views: Sequence[SwarmView], console: Console) -> RenderableType:
         return Text("this swarm serves no model yet: start one with `swarm-server MODEL`")
     parts: list[RenderableType] = []
     for view in views:
-        parts += [_heading(view), _coverage(view), _table(view, wide=console.width >= _WIDE), ""]
+        parts += [_heading(view), _coverage(view), _table(view, wide=console.width >= _WIDE)]
+        parts += [*_adapters(view), ""]
     return Group(*parts)
 
 
@@ -274,6 +276,20 @@ def _table(view: SwarmView, *, wide: bool) -> RenderableType:
         # As Text, or a name in square brackets would be taken for a colour.
         table.add_row(*map(Text, cells), style="dim" if dim else "")
     return table
+
+
+def _adapters(view: SwarmView) -> list[Text]:
+    """Which ones servers have for everybody, and in which blocks."""
+    from rich.text import Text
+
+    held: dict[str, list[str]] = {}
+    for record in (server.record for server in view.servers):
+        for adapter in record.adapters:
+            held.setdefault(plain(str(adapter), 40), []).append(str(record.blocks))
+    return [
+        Text.assemble(("adapter ", "dim"), name, (" in ", "dim"), ", ".join(blocks))
+        for name, blocks in sorted(held.items())
+    ]
 
 
 def _place(start: int, end: int, count: int) -> str:

@@ -12,11 +12,12 @@ from swarm.client.route import Router
 from swarm.client.session import RemoteSession
 from swarm.client.training import Market, TrainingClient
 from swarm.client.training_hop import Post
-from swarm.client.training_loans import Bundles, LendingTransport, Loans
+from swarm.client.training_loans import Borrowing, Lender, Loans
 from swarm.client.training_plan import Workers
 from swarm.config import ClientConfig
 from swarm.identity import Access
 from swarm.loop import BackgroundLoop
+from swarm.models.bundles import Bundles
 from swarm.transport import Transport
 from swarm.types import BlockRange
 
@@ -36,30 +37,33 @@ class Connection:
     config: ClientConfig
     pace: Pace = field(default_factory=Pace)
     workers: Workers = field(default_factory=Workers)  # who train for us
-    loans: Loans = field(default_factory=Loans)  # of our adapters to them
+    loans: Loans = field(default_factory=Loans)  # of our adapters
 
     @property
     def loop(self) -> BackgroundLoop:
         return BackgroundLoop.shared()
 
     @property
+    def lender(self) -> Lender:
+        patience = self.config.timeouts.step
+        return Lender(self.terms, self.transport, self.access, patience)
+
+    @property
     def training(self) -> TrainingClient:
         post = Post(self.terms, self.transport, self.access, self.config)
-        return TrainingClient(post, self.router, self.workers, self.loans)
+        return TrainingClient(post, self.router, self.workers, self.lender, self.loans)
 
     def open(
         self, blocks: BlockRange, batch_size: int, max_length: int, bundles: Bundles | None = None
     ) -> RemoteSession:
-        """A session; with `bundles` these adapters are lent to whoever serves it."""
+        """A session; with `bundles` whoever serves it has this adapter."""
         terms = replace(
             self.terms,
             batch_size=batch_size,
             max_length=max_length,
             trace_id=secrets.token_hex(8),
+            adapter=Borrowing(bundles, self.lender, self.loans) if bundles else None,
         )
-        transport = self.transport
-        if bundles is not None:
-            transport = LendingTransport(self.training.lender, bundles)
         return RemoteSession(
-            blocks, terms, self.router, transport, self.access, self.config, self.pace
+            blocks, terms, self.router, self.transport, self.access, self.config, self.pace
         )

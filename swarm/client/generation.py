@@ -23,12 +23,12 @@ from swarm.client.remote import (
     kept_positions,
     watched_blocks,
 )
-from swarm.client.training_lora import ShellAdapters
 from swarm.client.training_parts import load_trained, save_trained
 from swarm.client.training_prompts import SoftPrompts
 from swarm.client.turns import finish, resume
 from swarm.errors import UsageError
-from swarm.models.adapters_shell import furnish
+from swarm.models.adapters_peft import ShellAdapters
+from swarm.models.adapters_shell import blocks_of, furnish
 from swarm.models.shell import stack_of
 
 
@@ -58,9 +58,14 @@ class DistributedMixin:
         `PeftModel.from_pretrained` look for linear layers there. `add_adapter` and `load_adapter`
         do it themselves."""
         blocks = self.remote_blocks
+        if blocks.announced is not None:
+            raise UsageError(
+                "this model has an adapter of its servers: load it without active_adapter, to give "
+                "it adapters of your own"
+            )
         if blocks.adapters is None:
             furnish(cast(Any, self))
-            blocks.adapters = ShellAdapters(cast(Any, self))
+            blocks.adapters = ShellAdapters(blocks_of(cast(Any, self)))
             connection = blocks.connection
             weakref.finalize(self, connection.loop.spawn, connection.loans.close).atexit = False
         return self

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.errors import (
@@ -45,6 +46,33 @@ from swarm.wire import decode, encode
 _MAX_WINDOW = 32  # steps that we keep until they are answered, whatever a server would take
 
 
+class Adapting(Protocol):
+    """The adapter that a session has wherever it goes."""
+
+    @property
+    def id(self) -> bytes:
+        """Its hash."""
+        ...
+
+    @property
+    def block_bytes(self) -> float | None:
+        """What has to be sent for a block; None: it is not ours, only those who have it will do."""
+        ...
+
+    def lent(
+        self, server: ServerRecord, blocks: BlockRange
+    ) -> AbstractAsyncContextManager[bytes | None]:
+        """Inside, that server has it, by this hash; None: it changes none of `blocks`.
+
+        Raises PeerUnavailable, RemoteProtocolError.
+        """
+        ...
+
+    def lost(self, peer_id: str) -> bool:
+        """That server does not have it. Whether it can be lent."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What every hop of a session is opened with; `max_length` is in positions.
@@ -61,6 +89,24 @@ class Terms:
     whole_steps: bool = False
     codec: Codec = "none"
     trace_id: str = ""
+    adapter: Adapting | None = None
+
+    def opening(
+        self, access: Access, endpoint: Endpoint, session_id: bytes, blocks: BlockRange
+    ) -> dict[str, Any]:
+        """The fields of an `Opening`."""
+        certificate = endpoint.certificate_digest
+        return {
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "dtype": self.numerics.dtype,
+            "quantization": self.numerics.quantization,
+            "session_id": session_id,
+            "start": blocks.start,
+            "end": blocks.end,
+            "trace_id": self.trace_id,
+            "credentials": access.sign_for(endpoint.peer_id, certificate, session_id),
+        }
 
 
 class Listener(Protocol):
@@ -76,7 +122,7 @@ class Hop:
     """Blocks `[blocks.start, blocks.end)` of the route, on one server."""
 
     def __init__(self, server: SignedRecord, blocks: BlockRange, terms: Terms) -> None:
-        record = server.record
+        self._record = record = server.record
         self.blocks = blocks
         self.peer_id = record.peer_id
         self.name = record.public_name  # chosen by a stranger
@@ -125,13 +171,17 @@ class Hop:
         """Reserve the server's cache; a failure is kept in `failure`, not raised."""
         self.listener = listener
         try:
-            async with asyncio.timeout(timeout):
-                self._stream = stream = await transport.open_stream(
-                    self.endpoint, "session", timeout
-                )
-                conversation, asked = Conversation(REPLIES), time.perf_counter()
-                await stream.send(encode(self._opening(access, next_target)))
-                message = conversation.receive(await _next(stream))
+            for again in (True, False):
+                async with self._adapter() as adapter, asyncio.timeout(timeout):
+                    self._stream = stream = await transport.open_stream(
+                        self.endpoint, "session", timeout
+                    )
+                    conversation, asked = Conversation(REPLIES), time.perf_counter()
+                    await stream.send(encode(self._opening(access, next_target, adapter)))
+                    message = conversation.receive(await _next(stream))
+                if not (again and self._lacks_adapter(message)):
+                    break
+                stream.cancel()
         except TimeoutError:
             self.lose(PeerSilent(f"{self.endpoint} did not answer within {timeout:g} s"))
             return
@@ -157,24 +207,34 @@ class Hop:
             asyncio.create_task(self._write(stream)),
         ]
 
-    def _opening(self, access: Access, next_target: PushTarget | None) -> Open:
+    @asynccontextmanager
+    async def _adapter(self) -> AsyncGenerator[bytes | None]:
+        """Inside, the server has the adapter that it is to be opened with."""
+        if self._terms.adapter is None:
+            yield None
+        else:
+            async with self._terms.adapter.lent(self._record, self.blocks) as adapter:
+                yield adapter
+
+    def _lacks_adapter(self, message: Message) -> bool:
+        """Whether it does not have what we have, so that it can be lent again."""
+        lacks = isinstance(message, Refused) and message.code is ErrorCode.UNKNOWN_ADAPTER
+        adapter = self._terms.adapter
+        return lacks and adapter is not None and adapter.lost(self.peer_id)
+
+    def _opening(
+        self, access: Access, next_target: PushTarget | None, adapter: bytes | None
+    ) -> Open:
         terms, session_id = self._terms, self.target.session_id
         return Open(
-            model=terms.model.name,
-            fingerprint=terms.model.fingerprint,
-            dtype=terms.numerics.dtype,
-            quantization=terms.numerics.quantization,
+            **terms.opening(access, self.endpoint, session_id, self.blocks),
             codec=terms.codec,
-            session_id=session_id,
             ticket=self.target.ticket,
-            start=self.blocks.start,
-            end=self.blocks.end,
             batch_size=terms.batch_size,
             max_length=terms.max_length,
             next=next_target,
             capabilities=(HAND_OVER,),
-            trace_id=terms.trace_id,
-            credentials=access.sign_for(self.peer_id, self.endpoint.certificate_digest, session_id),
+            adapter=adapter,
         )
 
     def send(self, message: Message) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from swarm.client.adapters import find_adapter
 from swarm.client.connection import Connection
 from swarm.client.generation import distributed_class
 from swarm.client.hop import Terms
@@ -55,13 +56,13 @@ class AutoDistributedModel:
         dtype: "auto" takes what the swarm's servers compute in.
         source: `revision`, `token` and `name` (the model's name in the swarm), for the checkpoint;
             `tuning_mode` ("ptune" or "deep_ptune") and `pre_seq_len`, for soft prompts;
-            `num_labels` of a new classification head.
+            `num_labels` of a new head; `active_adapter`: the name of one that servers announce.
         Raises UsageError (among them CheckpointError) in one sentence, NoRoute.
         """
         if "torch_dtype" in source:  # transformers' older name for it
             dtype = source.pop("torch_dtype")
         mode, length = source.pop("tuning_mode", None), source.pop("pre_seq_len", 0)
-        labels = source.pop("num_labels", None)
+        labels, adapter = source.pop("num_labels", None), source.pop("active_adapter", None)
         checkpoint = Checkpoint.open(name_or_path, **source)
         if labels is not None:
             checkpoint.config.num_labels = labels
@@ -84,6 +85,7 @@ class AutoDistributedModel:
             terms, router, network.transport, network.access, config, router.pace
         )
         blocks = RemoteBlocks(connection, BlockRange(0, sizes.num_hidden_layers))
+        blocks.announced = find_adapter(network, router, adapter)
         model = load_shell(
             checkpoint,
             cls._auto_class,
@@ -93,8 +95,7 @@ class AutoDistributedModel:
         ).eval()
         model.__class__ = distributed_class(type(model))
         cast(Any, model).remote_blocks = blocks
-        if mode is not None:
-            blocks.prompts = _prompts(model, blocks, mode, length)
+        blocks.prompts = _prompts(model, blocks, mode, length)
         return model
 
 
@@ -120,5 +121,9 @@ def _dtype_name(dtype: str | torch.dtype) -> DType | None:
     return name
 
 
-def _prompts(model: Any, blocks: RemoteBlocks, mode: str, length: int) -> SoftPrompts:
+def _prompts(
+    model: Any, blocks: RemoteBlocks, mode: str | None, length: int
+) -> SoftPrompts | None:
+    if mode is None:
+        return None
     return SoftPrompts(mode, length, len(blocks), model.get_input_embeddings().weight)

@@ -158,7 +158,8 @@ class ModelRouter:
         if route is None:
             return None
         blocks = BlockRange(route[0].blocks.start, route[-1].blocks.end)
-        request = replace(self._request(blocks, terms, 0), new_tokens=_MANY, prompt_tokens=0)
+        request = self._request(blocks, terms, 0)
+        request = replace(request, new_tokens=_MANY, prompt_tokens=0, adapter_bytes=0.0)
         return [hop.seconds / _MANY for hop in self.price(route, request)]
 
     def _known(self, hops: Sequence[Leg]) -> list[RouteHop] | None:
@@ -197,6 +198,8 @@ class ModelRouter:
             position_bytes=size if terms.codec == "none" else mxint8_bytes((terms.hidden_size,)),
             allowed=self._config.allowed_servers,
             blocked=self._config.blocked_servers,
+            adapter=terms.adapter.id if terms.adapter else b"",
+            adapter_bytes=terms.adapter.block_bytes if terms.adapter else 0.0,
         )
 
     async def refresh(self) -> None:

@@ -53,6 +53,8 @@ class Request:
     position_bytes: int = 0  # of one position of one row on a link
     allowed: frozenset[str] = frozenset()  # peer ids; empty: all
     blocked: frozenset[str] = frozenset()
+    adapter: bytes = b""  # its hash
+    adapter_bytes: float | None = 0.0  # of it in a block, for who lacks it; None: it must be there
 
     @property
     def steps(self) -> int:
@@ -92,6 +94,10 @@ class Holders:
         usual = np.median(uplink[uplink > 0]) if uplink.any() else np.inf
         self.sending = 1 / np.where(uplink > 0, uplink, usual)  # seconds per byte
         self.places = unpack_all([record.coordinates for record in records])
+        self.having: dict[bytes, list[int]] = {}  # places, by what of an adapter's hash they tell
+        for place, record in enumerate(records):
+            for adapter in record.adapters:
+                self.having.setdefault(adapter.id, []).append(place)
         self.ways = Ways(self)
 
     def of_block(self, block: int) -> Places:
@@ -231,6 +237,10 @@ class Prices:
                 self.token_seconds[place] = each
             if (each := pace.byte_seconds(holders.ids[place])) is not None:
                 self.byte_seconds[place] = each
+        self.lacks = np.full(count, bool(request.adapter))
+        self.lacks[holders.having.get(request.adapter[:8], [])] = False
+        if request.adapter_bytes is None:
+            self.usable &= ~self.lacks
         if request.exclude or request.allowed or request.blocked:
             for place, name in enumerate(holders.ids):
                 if name in request.exclude or not request.permits(name):
@@ -273,9 +283,10 @@ class Prices:
         fits = holders.free // max(1, needed)
         self.has_room = fits > 0
         bytes_ = request.prompt_tokens * request.position_bytes
-        carrying = bytes_ * np.where(
+        byte_seconds = np.where(
             np.isnan(self.byte_seconds), _UNKNOWN_BYTE_SECONDS, self.byte_seconds
         )
+        carrying = bytes_ * byte_seconds
         # Each step goes onwards by a line that others use too.
         sent = request.steps * request.rows * request.position_bytes * holders.sending
         carrying += np.where(np.isnan(self.own), sent, 0.0)
@@ -283,6 +294,7 @@ class Prices:
         doubt = (1 + self.failures) * (1 + _SPREAD * luck)
         fixed = request.steps * (self.rtt + self.wait) + carrying + ~self.has_room * _NO_ROOM
         work = request.new_tokens * self.block_seconds + request.prompt_tokens * self.token_seconds
+        work += self.lacks * byte_seconds * (request.adapter_bytes or 0.0)
         # Whoever claims more blocks than usual would spare us hops: those are charged all the same.
         spared = np.fmax(0.0, 1 / holders.usual_count - 1 / holders.count)
         work += request.steps * self.rtt * np.where(believing | ~np.isnan(self.own), 0.0, spared)

@@ -16,11 +16,11 @@ from swarm.client.hop import Hop
 from swarm.client.recoveries import Recovery
 from swarm.client.session import RemoteSession
 from swarm.client.training import pass_through
-from swarm.client.training_loans import Bundles
-from swarm.client.training_lora import ShellAdapters, bundles_of
 from swarm.client.training_prompts import SoftPrompts
 from swarm.errors import UsageError
 from swarm.loop import BackgroundLoop
+from swarm.models.adapters_peft import ShellAdapters, bundles_of
+from swarm.models.bundles import Bundles
 from swarm.models.shell import ShellCache
 from swarm.tensors import TORCH_DTYPES
 from swarm.types import BlockRange
@@ -227,6 +227,7 @@ class RemoteBlocks(nn.Module):
         self.blocks = blocks
         self.prompts: SoftPrompts | None = None  # in front of all texts
         self.adapters: ShellAdapters | None = None  # within the blocks
+        self.announced: Bundles | None = None  # an adapter that servers have, and we do not
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -241,7 +242,7 @@ class RemoteBlocks(nn.Module):
             raise IndexError(f"{index} does not name consecutive blocks of {self.blocks}")
         first = self.blocks.start
         part = RemoteBlocks(self.connection, BlockRange(first + start, first + end))
-        part.adapters = self.adapters
+        part.adapters, part.announced = self.adapters, self.announced
         return part.train(self.training)
 
     def inference_session(self, max_length: int = 2048) -> InferenceSession:
@@ -251,14 +252,17 @@ class RemoteBlocks(nn.Module):
 
     def bundles(self) -> Bundles | None:
         """The adapters as they are now, and deep prompts."""
-        if self.adapters is None and self._deep() is None:
-            return None
+        deep = self._deep() is not None
+        if self.announced is not None and deep:
+            raise UsageError("deep prompts do not go with active_adapter: load its weights instead")
+        if self.adapters is None and not deep:
+            return self.announced
         with torch.no_grad():
             live = {} if self.adapters is None else self.adapters.live()
             if self.prompts is not None:
                 dtype = TORCH_DTYPES[self.connection.terms.numerics.dtype]
                 live = self.prompts.within(live, self.blocks, dtype)
-            return bundles_of(live)
+            return bundles_of(live) if live else None
 
     def forward(
         self,
@@ -324,6 +328,11 @@ class RemoteBlocks(nn.Module):
         """Through all blocks: to train, or over a session that is used once."""
         may_learn = hidden.requires_grad or self.training or self.adapters is not None
         if deep is not None or (torch.is_grad_enabled() and may_learn):
+            if self.announced is not None:
+                raise UsageError(
+                    "gradients do not pass through an adapter that only servers have: load its "
+                    "weights with model.load_adapter instead of active_adapter"
+                )
             inputs = _inputs(0, hidden, position_ids, padding)
             client, adapters = self.connection.training, self.adapters
             return pass_through(client, self.blocks, hidden, inputs, deep, adapters)

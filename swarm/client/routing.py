@@ -145,7 +145,7 @@ def find_better(
     replay = replace(rest, prompt_tokens=rest.prompt_tokens + held)
     found = find_route(chart, replay, book, now, tiebreak=tiebreak)
     holders = chart.holders(rest.model, rest.numerics)
-    going_on = Prices(holders, rest, book, now, None)
+    going_on = Prices(holders, replace(rest, adapter_bytes=0.0), book, now, None)
     stay, go, told = (
         [hop.seconds for hop in _priced(route, prices)]
         for route, prices in (
@@ -193,6 +193,13 @@ def _explain(
         return (
             f"blocks {_list(unheld)} of {name} are held only by servers that this client may not "
             "use: look at its allowed_servers and blocked_servers"
+        )
+    having = [held[place] for place in holders.having.get(request.adapter[:8], [])]
+    if request.adapter_bytes is None and (unheld := _gaps(_ends(having), request.blocks)):
+        return (
+            f"nobody who serves blocks {_list(unheld)} of {name} announces adapter "
+            f"{request.adapter.hex()[:16]}: start one with --adapters, or load its weights here, "
+            "with model.load_adapter"
         )
     waits = [
         book.banned_until(record.peer_id) - now

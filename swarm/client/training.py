@@ -8,7 +8,8 @@ So whatever a server owed when it died is asked of another one, and nothing else
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, inf
@@ -19,13 +20,14 @@ from torch import Tensor
 
 from swarm.client.hop import Terms, endpoint_of
 from swarm.client.training_hop import Post
-from swarm.client.training_loans import Bundles, Lender, Loans
-from swarm.client.training_lora import ShellAdapters, bundles_of
+from swarm.client.training_loans import Lender, Loans
 from swarm.client.training_plan import BACKWARD, Leg, Workers
 from swarm.dht.records import SignedRecord
 from swarm.errors import ErrorCode, NoRoute, RemoteProtocolError, SwarmError, UsageError
 from swarm.loop import BackgroundLoop
 from swarm.messages_training import TensorSpec
+from swarm.models.adapters_peft import ShellAdapters, bundles_of
+from swarm.models.bundles import Bundles
 from swarm.pieces import spec_of
 from swarm.transport import Endpoint
 from swarm.types import BlockRange
@@ -118,12 +120,8 @@ class TrainingClient:
     post: Post
     market: Market
     workers: Workers
+    lender: Lender
     loans: Loans
-
-    @property
-    def lender(self) -> Lender:
-        post = self.post
-        return Lender(post.terms, post.transport, post.access, post.config.timeouts.step)
 
     async def forward(self, batch: Batch) -> tuple[Tensor, list[Trail]]:
         """What leaves the last block, and what `backward` needs. Raises NoRoute, UsageError."""
@@ -231,27 +229,34 @@ class TrainingClient:
     async def _send(self, leg: Leg, part: Batch, gradient: Tensor | None) -> Mapping[str, Tensor]:
         """Raises PeerUnavailable, RemoteProtocolError, UsageError."""
         tensors = part.tensors | ({} if gradient is None else {"gradient": gradient})
-        answer = part.answer(backward=gradient is not None)
+        answer, peer_id = part.answer(backward=gradient is not None), leg.server.record.peer_id
         for last in (False, True):
-            loan = await self._borrow(leg, part)
             try:
-                return await self.post.ask(leg, tensors, loan, answer)
-            except RemoteProtocolError as error:  # it may have been started anew
-                if last or loan is None or error.code is not ErrorCode.UNKNOWN_SESSION:
+                async with self._adapter(leg, part.adapted) as adapter:
+                    return await self.post.ask(leg, tensors, adapter, answer)
+            except RemoteProtocolError as error:
+                if last or part.adapted is None or error.code is not ErrorCode.UNKNOWN_ADAPTER:
                     raise
-                self.loans.lost(leg.server.record.peer_id)
+                self.loans.lost(peer_id, part.adapted.bundles.id)  # it may have been started anew
         raise AssertionError
 
-    async def _borrow(self, leg: Leg, part: Batch) -> bytes | None:
-        if part.adapted is None:
-            return None
-        endpoint = endpoint_of(leg.server.record)
-        try:
-            return await self.loans.at(self.lender, endpoint, part.adapted.bundles, leg.blocks)
-        except RemoteProtocolError as error:
-            if error.code in (ErrorCode.OVERSIZE, ErrorCode.BAD_ADAPTER):
-                raise UsageError(f"{endpoint} does not take this adapter: {error}") from None
-            raise
+    @asynccontextmanager
+    async def _adapter(self, leg: Leg, adapted: Adapted | None) -> AsyncGenerator[bytes | None]:
+        """Inside, the server has it, by this hash. Raises as `_send`."""
+        if adapted is None:
+            yield None
+            return
+        server, lender = leg.server.record, self.lender
+        async with AsyncExitStack() as stack:
+            loan = self.loans.lent(lender, server, adapted.bundles, leg.blocks)
+            try:
+                name = await stack.enter_async_context(loan)
+            except RemoteProtocolError as error:
+                if error.code not in (ErrorCode.OVERSIZE, ErrorCode.BAD_ADAPTER):
+                    raise
+                where = endpoint_of(server)
+                raise UsageError(f"{where} does not take this adapter: {error}") from None
+            yield name
 
     def _blame(self, leg: Leg, error: SwarmError) -> None:
         self.loans.lost(leg.server.record.peer_id)

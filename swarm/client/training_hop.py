@@ -42,7 +42,7 @@ class Post:
         self,
         leg: Leg,
         tensors: Mapping[str, Tensor],
-        loan: bytes | None,
+        adapter: bytes | None,
         answer: Mapping[str, TensorSpec],
     ) -> Mapping[str, Tensor]:
         """The `answer` to a batch, backward if there is a `gradient` in it.
@@ -50,7 +50,7 @@ class Post:
         Raises PeerUnavailable, RemoteProtocolError.
         """
         endpoint = endpoint_of(leg.server.record)
-        request = self._request(leg, endpoint, tensors, loan)
+        request = self._request(leg, endpoint, tensors, adapter)
         timeout = self.config.timeouts.connect
         stream = await self.transport.open_stream(endpoint, "session", timeout)
         try:
@@ -62,26 +62,16 @@ class Post:
             stream.cancel()
 
     def _request(
-        self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], loan: bytes | None
+        self, leg: Leg, endpoint: Endpoint, tensors: Mapping[str, Tensor], adapter: bytes | None
     ) -> Train:
-        terms, session_id = self.terms, secrets.token_bytes(16)
+        session_id = secrets.token_bytes(16)
         return Train(
-            model=terms.model.name,
-            fingerprint=terms.model.fingerprint,
-            dtype=terms.numerics.dtype,
-            quantization=terms.numerics.quantization,
-            codec=terms.codec,
-            session_id=session_id,
-            start=leg.blocks.start,
-            end=leg.blocks.end,
+            **self.terms.opening(self.access, endpoint, session_id, leg.blocks),
+            codec=self.terms.codec,
             backward="gradient" in tensors,
-            loan=loan,
+            adapter=adapter,
             tensors={name: spec_of(tensor) for name, tensor in tensors.items()},
             deadline_ms=int(1e3 * _LONGEST),
-            trace_id=terms.trace_id,
-            credentials=self.access.sign_for(
-                endpoint.peer_id, endpoint.certificate_digest, session_id
-            ),
         )
 
     async def _exchange(

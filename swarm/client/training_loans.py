@@ -1,44 +1,27 @@
-"""Adapters of ours on servers: lent before a batch or session needs them, sent if not there yet."""
+"""Adapters of ours on servers: lent while a batch or session needs them, sent if not there yet."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
-from swarm.client.hop import Terms, refusal
-from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError, SwarmError
+from swarm.client.hop import Adapting, Terms, endpoint_of, refusal
+from swarm.dht.records import ServerRecord
+from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
 from swarm.identity import Access
-from swarm.messages import Bundle, Lend, Lent, Message, Open, Refused
-from swarm.messages_training import BundleSpec
-from swarm.models.adapters import digest_of
+from swarm.messages import Bundle, Lend, Lent, Refused
+from swarm.models.bundles import Bundles
 from swarm.protocol import LOANS, Conversation
 from swarm.transport import Endpoint, Stream, Transport
 from swarm.types import BlockRange
 from swarm.wire import decode, encode
 
 _PART_BYTES = 1 << 20  # of a bundle in one frame
-_LOANS = 2  # to one server at a time: of the present weights, and of those before
-
-
-@dataclass(frozen=True)
-class Bundles:
-    """All adapters of a client as they are at the moment, by block, as safetensors bytes."""
-
-    data: Mapping[int, bytes]
-    digests: Mapping[int, bytes]
-
-    @classmethod
-    def of(cls, data: Mapping[int, bytes]) -> Bundles:
-        return cls(data, {block: digest_of(bundle) for block, bundle in data.items()})
-
-    def specs(self, blocks: BlockRange) -> tuple[BundleSpec, ...]:
-        return tuple(
-            BundleSpec(block=block, digest=self.digests[block], size=len(self.data[block]))
-            for block in sorted(self.data)
-            if blocks.start <= block < blocks.end
-        )
+_LOANS = 2  # to one server, that nobody needs now: of the present weights, and of those before
+_LINGER = 1.0  # seconds for which they may: the next batch is about to come
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +33,13 @@ class Lender:
     access: Access
     timeout: float  # seconds to dial, and between two signs of life
 
-    async def lend(
-        self, endpoint: Endpoint, bundles: Bundles, specs: Sequence[BundleSpec], name: bytes
-    ) -> Stream:
+    async def lend(self, endpoint: Endpoint, bundles: Bundles, blocks: BlockRange) -> Stream:
         """The loan lasts as long as this stream. Raises PeerUnavailable, RemoteProtocolError."""
         stream = await self.transport.open_stream(endpoint, "session", self.timeout)
         done = False
         try:
-            await stream.send(encode(self._request(endpoint, specs, name)))
+            fields = self.terms.opening(self.access, endpoint, secrets.token_bytes(16), blocks)
+            await stream.send(encode(Lend(**fields, bundles=bundles.specs)))
             conversation = Conversation(LOANS)
             missing = await self._hear(stream, conversation)
             if missing:
@@ -71,18 +53,6 @@ class Lender:
         finally:
             if not done:
                 stream.cancel()
-
-    def _request(self, endpoint: Endpoint, specs: Sequence[BundleSpec], name: bytes) -> Lend:
-        terms = self.terms
-        return Lend(
-            model=terms.model.name,
-            fingerprint=terms.model.fingerprint,
-            dtype=terms.numerics.dtype,
-            quantization=terms.numerics.quantization,
-            session_id=name,
-            bundles=tuple(specs),
-            credentials=self.access.sign_for(endpoint.peer_id, endpoint.certificate_digest, name),
-        )
 
     async def _send(self, stream: Stream, block: int, data: bytes) -> None:
         for start in range(0, len(data), _PART_BYTES):
@@ -108,118 +78,121 @@ class Lender:
         return message.missing
 
 
+_Key = tuple[bytes, BlockRange]  # which adapter, and where
+
+
+@dataclass(slots=True)
+class _Given:
+    """A loan, and how many need it now."""
+
+    task: asyncio.Task[Stream]
+    users: int = 0
+    ending: asyncio.TimerHandle | None = None
+
+
 @dataclass(slots=True)
 class Loans:
-    """Who has adapters of ours for training. For the event loop."""
+    """Who has adapters of ours. For the event loop."""
 
-    _given: dict[str, dict[object, asyncio.Task[tuple[bytes, Stream]]]] = field(
-        default_factory=dict[str, dict[object, asyncio.Task[tuple[bytes, Stream]]]]
-    )
+    _given: dict[str, dict[_Key, _Given]] = field(default_factory=dict[str, dict[_Key, _Given]])
+    _doubted: set[tuple[str, bytes]] = field(default_factory=set[tuple[str, bytes]])
 
-    async def at(
-        self, lender: Lender, endpoint: Endpoint, bundles: Bundles, blocks: BlockRange
-    ) -> bytes | None:
-        """The name of a loan with these blocks' adapters; None: they have none.
+    @asynccontextmanager
+    async def lent(
+        self, lender: Lender, server: ServerRecord, bundles: Bundles, blocks: BlockRange
+    ) -> AsyncGenerator[bytes | None]:
+        """Inside, that server has these adapters, by this hash; None: they change none of `blocks`.
 
         Raises PeerUnavailable, RemoteProtocolError.
         """
-        specs = bundles.specs(blocks)
-        if not specs:
-            return None
-        given = self._given.setdefault(endpoint.peer_id, {})
-        key = tuple((spec.block, spec.digest) for spec in specs)
+        if not bundles.data or self._has(server, bundles.id):
+            yield bundles.id
+            return
+        if not bundles.touches(blocks):
+            yield None
+            return
+        given, key = self._given.setdefault(server.peer_id, {}), (bundles.id, blocks)
         if key not in given:
-            name = secrets.token_bytes(16)
-            given[key] = asyncio.create_task(self._lend(lender, endpoint, bundles, specs, name))
-            while len(given) > _LOANS:
-                _end(given.pop(next(iter(given))))
-        task = given[key]
+            lending = lender.lend(endpoint_of(server), bundles, blocks)
+            given[key] = _Given(asyncio.create_task(lending))
+        loan = given[key]
+        loan.users += 1
         try:
-            name, _ = await asyncio.shield(task)
-        except SwarmError:
-            if given.get(key) is task:
-                del given[key]
-            raise
-        return name
+            await asyncio.shield(loan.task)
+            yield bundles.id
+        finally:
+            loan.users -= 1
+            if given.get(key) is loan:
+                self._rest(given, key, loan)
 
-    async def _lend(
-        self,
-        lender: Lender,
-        endpoint: Endpoint,
-        bundles: Bundles,
-        specs: Sequence[BundleSpec],
-        name: bytes,
-    ) -> tuple[bytes, Stream]:
-        return name, await lender.lend(endpoint, bundles, specs, name)
+    def _has(self, server: ServerRecord, name: bytes) -> bool:
+        """By its own word, which has not proven wrong."""
+        known = any(name.startswith(adapter.id) for adapter in server.adapters)
+        return known and (server.peer_id, name) not in self._doubted
 
-    def lost(self, peer_id: str) -> None:
-        """That server knows of no loans any more, or has failed."""
-        for task in self._given.pop(peer_id, {}).values():
-            _end(task)
+    def _rest(self, given: dict[_Key, _Given], key: _Key, loan: _Given) -> None:
+        """Nobody needs it now, perhaps: it ends in a moment."""
+        task = loan.task
+        if task.done() and (task.cancelled() or task.exception() is not None):
+            del given[key]
+        elif not loan.users:
+            loop = asyncio.get_running_loop()
+            if loan.ending is not None:
+                loan.ending.cancel()
+            loan.ending = loop.call_later(_LINGER, self._expire, given, key, loan)
+            given[key] = given.pop(key)  # the last of those that rest
+            resting = [key for key, other in given.items() if not other.users]
+            for old in resting[:-_LOANS]:
+                _end(given.pop(old))
+
+    def _expire(self, given: dict[_Key, _Given], key: _Key, loan: _Given) -> None:
+        if given.get(key) is loan and not loan.users:
+            _end(given.pop(key))
+
+    def lost(self, peer_id: str, name: bytes | None = None) -> None:
+        """That server knows of no loans any more, or has failed; it does not have `name`."""
+        if name is not None:
+            self._doubted.add((peer_id, name))
+        for loan in self._given.pop(peer_id, {}).values():
+            _end(loan)
 
     async def close(self) -> None:
         for peer_id in list(self._given):
             self.lost(peer_id)
 
 
-def _end(task: asyncio.Task[tuple[bytes, Stream]]) -> None:
-    def cancel(done: asyncio.Task[tuple[bytes, Stream]]) -> None:
+def _end(loan: _Given) -> None:
+    def cancel(done: asyncio.Task[Stream]) -> None:
         if not done.cancelled() and done.exception() is None:
-            done.result()[1].cancel()
+            done.result().cancel()
 
-    task.add_done_callback(cancel)
-
-
-class LendingTransport(Transport):
-    """Lends adapters to whomever a session is opened with, before that is."""
-
-    def __init__(self, lender: Lender, bundles: Bundles) -> None:
-        self._lender = lender
-        self._bundles = bundles
-
-    async def open_stream(self, endpoint: Endpoint, method: str, timeout: float) -> Stream:
-        stream = await self._lender.transport.open_stream(endpoint, method, timeout)
-        if method != "session":
-            return stream
-        return _LendingStream(stream, self._lender, endpoint, self._bundles)
-
-    async def call(self, endpoint: Endpoint, method: str, request: bytes, timeout: float) -> bytes:
-        return await self._lender.transport.call(endpoint, method, request, timeout)
-
-    async def close(self) -> None:
-        """The transport below is others', too."""
+    if loan.ending is not None:
+        loan.ending.cancel()
+    loan.task.add_done_callback(cancel)
 
 
-class _LendingStream(Stream):
-    """A session's stream, by which Open is sent when its adapters are there."""
+@dataclass(frozen=True, slots=True)
+class Borrowing(Adapting):
+    """An adapter for sessions: ours, or one that servers announce (`bundles` without data)."""
 
-    def __init__(
-        self, stream: Stream, lender: Lender, endpoint: Endpoint, bundles: Bundles
-    ) -> None:
-        self._stream = stream
-        self._lender = lender
-        self._endpoint = endpoint
-        self._bundles = bundles
-        self._opened = False
-        self._loan: Stream | None = None
-        self.send_nowait = stream.send_nowait
-        self.receive = stream.receive
-        self.finish = stream.finish
+    bundles: Bundles
+    lender: Lender
+    loans: Loans
 
-    async def send(self, frame: bytes) -> None:
-        if not self._opened:
-            self._opened = True
-            await self._lend(decode(frame))
-        await self._stream.send(frame)
+    @property
+    def id(self) -> bytes:
+        return self.bundles.id
 
-    async def _lend(self, opening: Message) -> None:
-        assert isinstance(opening, Open)
-        specs = self._bundles.specs(BlockRange(opening.start, opening.end))
-        if specs:
-            name = opening.session_id
-            self._loan = await self._lender.lend(self._endpoint, self._bundles, specs, name)
+    @property
+    def block_bytes(self) -> float | None:
+        data = self.bundles.data
+        return sum(map(len, data.values())) / len(data) if data else None
 
-    def cancel(self) -> None:
-        self._stream.cancel()
-        if self._loan is not None:
-            self._loan.cancel()
+    def lent(
+        self, server: ServerRecord, blocks: BlockRange
+    ) -> AbstractAsyncContextManager[bytes | None]:
+        return self.loans.lent(self.lender, server, self.bundles, blocks)
+
+    def lost(self, peer_id: str) -> bool:
+        self.loans.lost(peer_id, self.id)
+        return bool(self.bundles.data)

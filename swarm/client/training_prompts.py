@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from swarm.client.training_lora import Live
+from swarm.models.adapters_peft import Live
 from swarm.errors import UsageError
 from swarm.models.adapters import BlockAdapter
 from swarm.types import BlockRange

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,6 +34,8 @@ CLOCK_SLACK = 7200.0  # seconds that two peers' clocks may differ: an hour wrong
 MAX_LIFETIME = 600  # seconds
 RETENTION = CLOCK_SLACK + MAX_LIFETIME  # seconds after its announcement that the DHT keeps a record
 MAX_NEXT_RTTS = 6  # servers of which a record says how far they are
+MAX_ADAPTERS = 3  # of which a record tells...
+MAX_ADAPTER_NAME = 11  # ...names of so many bytes
 REGISTRY = "models"  # the DHT key where some servers of each model are listed
 
 _SCHEMA = 1
@@ -67,6 +69,16 @@ Height = Annotated[int, Field(ge=0, le=MAX_PACKED)]
 Tag = Annotated[str, Field(min_length=_TAG_CHARACTERS, max_length=_TAG_CHARACTERS), _text(8)]
 
 
+class Adapter(NamedTuple):
+    """One that a server has for all. Its whole hash is 32 bytes, which the server itself tells."""
+
+    name: Annotated[str, Field(min_length=1), _text(MAX_ADAPTER_NAME)]
+    id: Annotated[bytes, Field(min_length=8, max_length=8)]
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.id.hex()}"
+
+
 class ServerRecord(BaseModel):
     """One server's announcement. `peer_id` is who signed it; the rest is that peer's claim."""
 
@@ -88,7 +100,7 @@ class ServerRecord(BaseModel):
     ] = {}  # by peer_tag
     queue: Annotated[int, Field(ge=0, le=65_535)] = 0  # steps waiting
     free_tokens: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # KV cache slots
-    adapters: Annotated[tuple[Annotated[str, _text(20)], ...], Field(max_length=3)] = ()
+    adapters: Annotated[tuple[Adapter, ...], Field(max_length=MAX_ADAPTERS)] = ()
     version: Annotated[str, _text(12)] = ""
     public_name: Annotated[str, _text(30)] = ""
     announced_at: Annotated[int, Field(ge=0, lt=1 << 53)] = 0  # ms since 1970; the newest counts

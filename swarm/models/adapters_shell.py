@@ -3,14 +3,15 @@ adapters for them, which are named and saved as those of the whole model."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from swarm.models.adapters import linear_sizes
-from swarm.models.families import TUPLE_BLOCKS, find_stack, text_config
+from swarm.models.families import TUPLE_BLOCKS, causal_class, find_stack, text_config
 from swarm.models.shell import StandIn, stack_of
 
 
@@ -82,3 +83,22 @@ def blocks_of(shell: PreTrainedModel) -> list[nn.Module]:
         if isinstance(child, nn.ModuleList) and isinstance(next(iter(child), None), StandIn)
     )
     return list(blocks)
+
+
+def phantom_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of this config that has no weights: a phantom for each linear layer of its blocks,
+    as a shell has them once it is furnished."""
+    with torch.device("meta"):
+        model = cast(Any, causal_class(config))(copy.deepcopy(config))
+    like = torch.zeros((), dtype=dtype)
+    for block in phantoms_of(model):
+        for path, size in linear_sizes(block).items():
+            block.set_submodule(path, Phantom(size, like))
+    model.hf_device_map = {"": torch.device("cpu")}  # where what is loaded goes
+    return model
+
+
+def phantoms_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Where the phantoms are, block by block."""
+    stack, list_name = find_stack(model)
+    return list(getattr(stack, list_name))

@@ -54,7 +54,7 @@ class _Folder:
         return read_tensor_names(self.folder / name)
 
 
-_Source = _Folder | HubRepo
+Source = _Folder | HubRepo
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Checkpoint:
     folder: Path
     tensor_files: Mapping[str, str] = field(repr=False)
     _digests: Mapping[str, str] = field(repr=False)
-    _source: _Source = field(repr=False)
+    _source: Source = field(repr=False)
 
     @classmethod
     def open(
@@ -88,7 +88,7 @@ class Checkpoint:
         `name` is the public name, by default the repo id or the folder's name; `revision` (branch,
         tag or commit) and `token` are for repos.
         """
-        public, source = _locate(name_or_path, revision, token)
+        public, source = locate(name_or_path, revision, token)
         tensor_files = _tensor_files(public, source)
         manifest = {CONFIG_FILE, *tensor_files.values()}
         if SINGLE_FILE not in manifest:
@@ -142,7 +142,7 @@ def open_config(
     name_or_path: str | Path | None, *, revision: str | None = None, token: str | None = None
 ) -> tuple[str, PreTrainedConfig]:
     """A model's public name and config, without a look at its weights. Raises CheckpointError."""
-    name, source = _locate(name_or_path, revision, token)
+    name, source = locate(name_or_path, revision, token)
     if CONFIG_FILE not in source.files:
         raise CheckpointError(
             f"'{name}' has no config.json, so it is no transformers model: choose another"
@@ -150,9 +150,10 @@ def open_config(
     return name, _read_config(source.path(CONFIG_FILE))
 
 
-def _locate(
+def locate(
     name_or_path: str | Path | None, revision: str | None, token: str | None
-) -> tuple[str, _Source]:
+) -> tuple[str, Source]:
+    """The public name, and where its files are. Raises CheckpointError."""
     if name_or_path is None or str(name_or_path) == DEMO_NAME:
         return DEMO_NAME, _open_folder(DEMO_MODEL)
     text = str(name_or_path)
@@ -174,7 +175,7 @@ def _open_folder(folder: Path) -> _Folder:
     return _Folder(folder, files)
 
 
-def _tensor_files(name: str, source: _Source) -> dict[str, str]:
+def _tensor_files(name: str, source: Source) -> dict[str, str]:
     """{tensor: weight file}; a single file goes before an index, as in transformers."""
     if CONFIG_FILE not in source.files:
         raise CheckpointError(

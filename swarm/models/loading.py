@@ -104,7 +104,7 @@ def _load(
     pruned = _pruned_class(cls, prune)
     names = _needed(pruned, config, checkpoint.tensor_files)
     paths = _fetch(checkpoint, names)
-    with _frugal_loading():
+    with frugal_loading():
         model, report = cast(Any, pruned).from_pretrained(
             None,
             config=config,
@@ -173,7 +173,7 @@ def _lazy_tensors(
 
 
 @contextmanager
-def _frugal_loading() -> Generator[None]:
+def frugal_loading() -> Generator[None]:
     """Has transformers read tensors one after another (its threads would hold all the parts of a
     fused tensor beside it), without a progress bar, and gives freed memory back to the system."""
     bars = hf_logging.is_progress_bar_enabled()

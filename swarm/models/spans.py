@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
 from swarm.models.adapters import BlockAdapter, Patches, Use
 from swarm.models.attention import RAGGED, RaggedPass
+from swarm.models.bundles import Resident
 from swarm.models.cache import ProbeCache, RectanglePass, SpanCache, plan_layers
 from swarm.models.families import (
     cache_argument,
@@ -134,6 +135,7 @@ class Span:
         self.store = self._make_store()
         layers: Any = getattr(self._stack, self._list_name)
         self.patches = Patches({i: layers[i] for i in range(blocks.start, blocks.end)})
+        self.residents: Sequence[Resident] = ()  # adapters that the owner has preloaded
         self.own_attention: str = cast(Any, self.config)._attn_implementation
         if proof.can_batch:
             cast(Any, self.config)._attn_implementation = RAGGED

@@ -151,7 +151,7 @@ def row(member: Member, answer: Answer | None) -> Json:
         "path": _path(answer),
         "version": harmless(record.version, 12),
         "precision": precision(record.numerics),
-        "adapters": [harmless(adapter, 20) for adapter in record.adapters],
+        "adapters": [harmless(str(adapter), 28) for adapter in record.adapters],
         "address": f"{record.host}:{record.port}",
         "up": int(answer.up) if answer and answer.up is not None else None,
         "seen": int(member.seen),

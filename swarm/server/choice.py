@@ -31,6 +31,7 @@ class ServerConfig:
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     blocks: BlockRange | None = None  # these, always
+    adapters: tuple[str, ...] = ()  # folders or repo ids, perhaps after NAME=, to preload
     num_blocks: int | None = None
     peers: tuple[str, ...] = ()
     host: str = "0.0.0.0"  # noqa: S104  # volunteers serve the world

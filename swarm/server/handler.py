@@ -18,6 +18,7 @@ from swarm.errors import (
     RemoteProtocolError,
     UsageError,
 )
+from swarm.fields import Opening
 from swarm.identity import Access, opening_transcript
 from swarm.messages import (
     HAND_OVER,
@@ -145,23 +146,29 @@ class Handler:
             assert isinstance(opening, Open)
             client = self._check(opening)
             cache = self._cache(opening)
-            needed = self._span.store.session_bytes(
-                cache.blocks, opening.batch_size, opening.max_length
-            )
-            admitted = self._admission.ask(opening.session_id, client, needed)
-            try:
-                if not admitted:
-                    await self._turn(opening.session_id)
-                with self._loans.borrowed(client, opening.session_id) as cache.adapter:
+            with self._loans.borrowed(client, opening.adapter, cache.blocks) as cache.adapter:
+                async with self._room(opening, client, cache):
                     session = self._make(opening, client, cache)
                     self._sessions[opening.session_id] = (opening.ticket, session)
                     self.counters.sessions += 1
                     await session.serve(stream, conversation, self._opened(opening))
-            finally:
-                self._sessions.pop(opening.session_id, None)
-                self._executor.run_soon(cache.release)
-                for session_id in self._admission.leave(opening.session_id):
-                    self._turns[session_id].set()
+
+    @asynccontextmanager
+    async def _room(self, opening: Open, client: str, cache: SpanCache) -> AsyncGenerator[None]:
+        """Memory for a session, after waiting for it. Raises RemoteProtocolError."""
+        needed = self._span.store.session_bytes(
+            cache.blocks, opening.batch_size, opening.max_length
+        )
+        admitted = self._admission.ask(opening.session_id, client, needed)
+        try:
+            if not admitted:
+                await self._turn(opening.session_id)
+            yield
+        finally:
+            self._sessions.pop(opening.session_id, None)
+            self._executor.run_soon(cache.release)
+            for session_id in self._admission.leave(opening.session_id):
+                self._turns[session_id].set()
 
     async def _turn(self, session_id: bytes) -> None:
         """Wait for memory, in the order of openings. Raises RemoteProtocolError (BUSY)."""
@@ -216,10 +223,14 @@ class Handler:
         counters, store = self.counts(), self._span.store
         counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
         counters |= {"trained": self._training.served, "training": len(self._training)}
-        counters |= {"adapter_bytes": self._loans.kept_bytes}
+        counters |= {"adapter_bytes": self._loans.stock.kept_bytes}
+        residents = self._span.residents
+        counters |= {"resident_bytes": sum(resident.size for resident in residents)}
         counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
         counters |= {"uptime_seconds": int(time.monotonic() - self._served.since)}
-        return encode(Info(record=self._served.record(), load=self.load(), counters=counters))
+        adapters = {resident.name: resident.id for resident in residents}
+        record, load = self._served.record(), self.load()
+        return encode(Info(record=record, load=load, counters=counters, adapters=adapters))
 
     @asynccontextmanager
     async def _refusing(self, stream: Stream) -> AsyncGenerator[None]:
@@ -266,7 +277,7 @@ class Handler:
         except AuthenticationError as error:
             raise RemoteProtocolError(ErrorCode.UNAUTHORIZED, str(error)) from error
 
-    def _check(self, opening: Open | Train | Lend) -> str:
+    def _check(self, opening: Opening) -> str:
         """The client's peer id. Raises RemoteProtocolError."""
         agree_on_version(opening)
         client = self._authenticate(opening.session_id, opening.credentials)

@@ -45,6 +45,7 @@ from swarm.server.exposition import families
 from swarm.server.handler import Handler, Served
 from swarm.server.neighbours import Measure, Neighbours
 from swarm.server.placement import Holder, believe, choose_span
+from swarm.server.residents import Shelf, announced
 from swarm.server.serving import Serving, Source
 from swarm.transport import Endpoint, Service
 from swarm.types import DTYPE_BYTES, BlockRange, ModelId, Numerics
@@ -138,7 +139,9 @@ class ServerNode:
         await self._show_metrics(stack)
         if config.blocks is None and config.peers:
             await self._announce(ServerState.JOINING)
-            self.blocks = await self._settle(view)
+            # What is left to us of them by others who chose at the same time.
+            numerics = self._served.numerics
+            self.blocks = await look_again(self._directory, view, numerics, self.holder)
             self._announcer.changed()
             logger.info("blocks %s are those that the swarm has least of", self.blocks)
         stack.push_async_callback(self._transport.close)
@@ -202,6 +205,7 @@ class ServerNode:
             self._device,
             block_parameters * DTYPE_BYTES[dtype],
             config.limits,
+            await in_thread(lambda: Shelf.find(config)),
             given=config.throughput if isinstance(config.throughput, float) else None,
             anew=config.throughput == "eval",
         )
@@ -214,10 +218,6 @@ class ServerNode:
         others = others_in(view, self._served.numerics, access.identity.peer_id)
         self.blocks = choose_span(view.num_blocks, believe(others), wanted)
         return view
-
-    async def _settle(self, before: SwarmView) -> BlockRange:
-        """What is left to us of the announced blocks by others who chose at the same time."""
-        return await look_again(self._directory, before, self._served.numerics, self.holder)
 
     async def _listen(self, stack: AsyncExitStack) -> None:
         """Take the port, which may be in use, before time is spent on weights."""
@@ -339,6 +339,7 @@ class ServerNode:
             uplink=self._neighbours.uplink if self._neighbours else 0,
             queue=min(load.queue, 65_535) if load else 0,
             free_tokens=load.free_tokens if load else 0,
+            adapters=announced(self._serving.residents),
             version=_version(),
             public_name=self._config.public_name,
             lifetime=self._config.limits.record_lifetime,

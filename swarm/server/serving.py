@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from swarm.config import ServerLimits
 from swarm.errors import OutOfPages, SwarmError, UsageError
 from swarm.loop import in_thread
+from swarm.models.bundles import Resident
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.loading import load_span
 from swarm.models.spans import Span, SplitProof
@@ -23,6 +24,7 @@ from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
 from swarm.server.meters import Meters
+from swarm.server.residents import Shelf
 from swarm.server.throughput import SHAPES, Speeds
 from swarm.tensors import TORCH_DTYPES
 from swarm.types import BlockRange, DType
@@ -43,6 +45,7 @@ class Source:
     device: torch.device
     block_bytes: int
     limits: ServerLimits
+    shelf: Shelf
     given: float | None = None  # block-tokens per second: nothing is measured then
     anew: bool = False  # measure although it is known
 
@@ -51,9 +54,11 @@ class Source:
         logger.info("loading blocks %s of %s as %s", blocks, self.checkpoint.name, self.dtype)
         dtype = TORCH_DTYPES[self.dtype]
         try:
-            return load_span(
+            span = load_span(
                 self.checkpoint, blocks, dtype=dtype, device=self.device, proof=self.proof
             )
+            span.residents = self.shelf.load(self.checkpoint.config, span)
+            return span
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"blocks {blocks} do not fit into {self.device}: serve fewer with --num-blocks"
@@ -121,6 +126,11 @@ class Serving:
     def blocks(self) -> BlockRange | None:
         """That are served now; None before and in between."""
         return self._held.span.blocks if self._held else None
+
+    @property
+    def residents(self) -> Sequence[Resident]:
+        """Adapters that are here for everybody."""
+        return self._held.span.residents if self._held else ()
 
     def speeds(self, blocks: BlockRange) -> Speeds:
         """Of such a span: as measured here, or else as remembered."""

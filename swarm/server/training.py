@@ -61,11 +61,7 @@ class TrainingDesk:
         conversation.receive(request)
         needed = self._check(request)
         async with self._room(request.session_id, client, needed):
-            with self._loans.borrowed(client, request.loan or b"") as adapter:
-                if adapter is None and request.loan is not None:
-                    raise RemoteProtocolError(
-                        ErrorCode.UNKNOWN_SESSION, "these adapters are not lent here now"
-                    )
+            with self._loans.borrowed(client, request.adapter, _blocks(request)) as adapter:
                 await self._answer(stream, conversation, request, client, adapter or {})
 
     async def _answer(

@@ -1,45 +1,24 @@
-"""Adapters that clients lend us: kept by client and hash within a budget, and never executed."""
+"""Adapters that clients lend us: they come in bundles, are checked, and never executed."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
 from swarm.loop import in_thread
 from swarm.messages import Bundle, Close, Lend, Lent, Message
-from swarm.models.adapters import Adapter, BlockAdapter, digest_of, from_bundle
+from swarm.messages_training import BundleSpec
+from swarm.models.adapters import Adapter, BlockAdapter
+from swarm.models.bundles import digest_of, from_bundle
 from swarm.models.spans import Span
 from swarm.protocol import LENDING, Conversation
-from swarm.server.holdings import Holdings
+from swarm.server.adapters_stock import Loan, Stock
 from swarm.transport import Stream
+from swarm.types import BlockRange
 from swarm.wire import decode, encode
-
-_Key = tuple[str, bytes, int]  # client, digest, block
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A bundle that came, and how many loans have it."""
-
-    adapter: BlockAdapter
-    size: int
-    loans: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Loan:
-    """Adapters that a client may use, as long as anybody holds the loan."""
-
-    client: str
-    size: int
-    keys: list[_Key] = field(default_factory=list[_Key])
-    adapter: dict[int, BlockAdapter] = field(default_factory=dict[int, BlockAdapter])
-    holders: int = 0
 
 
 class LoanDesk:
@@ -52,120 +31,43 @@ class LoanDesk:
         self._span = span
         self._limits = limits
         self._forget = forget
-        self._holdings = Holdings(limits.adapter_bytes)
-        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
-        self._loans: dict[tuple[str, bytes], Loan] = {}
-
-    @property
-    def kept_bytes(self) -> int:
-        return sum(kept.size for kept in self._kept.values())
+        self.stock = Stock(limits.adapter_bytes, span.residents)
 
     async def serve(self, stream: Stream, request: Lend, client: str) -> None:
         """Until the client ends the stream. Raises RemoteProtocolError, PeerUnavailable."""
         conversation = Conversation(LENDING)
         conversation.receive(request)
-        name = client, request.session_id
-        loan = Loan(client, self._check(request))
-        if name in self._loans:
-            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "that was lent already")
-        with self._held(loan):
-            missing = self._pin(loan, request)
-            if missing:
-                await self._send(stream, Lent(missing=tuple(missing)))
-                await self._gather(stream, conversation, loan, request, missing)
-            self._loans[name] = loan
-            try:
-                await self._send(stream, Lent())
-                await self._end(stream, conversation)
-            finally:
-                del self._loans[name]
+        blocks = self._check(request)
+        before = self.stock.dropped
+        with self.stock.lent(client, blocks, request.bundles) as loan:
+            if self.stock.dropped > before:
+                self._forget()
+            if loan.missing:
+                await self._send(stream, Lent(missing=tuple(spec.block for spec in loan.missing)))
+                await self._gather(stream, conversation, loan)
+            await self._send(stream, Lent())
+            await self._end(stream, conversation)
 
-    @contextmanager
-    def borrowed(self, client: str, name: bytes) -> Generator[Adapter | None]:
-        """What was lent under that name; None: nothing. Inside, it is not taken back."""
-        loan = self._loans.get((client, name))
-        if loan is None:
-            yield None
-        else:
-            with self._held(loan):
-                yield loan.adapter
+    def borrowed(
+        self, client: str, name: bytes | None, blocks: BlockRange
+    ) -> AbstractContextManager[Adapter | None]:
+        """As `Stock.borrowed`."""
+        return self.stock.borrowed(client, name, blocks)
 
-    @contextmanager
-    def _held(self, loan: Loan) -> Generator[None]:
-        if not loan.holders:
-            self._holdings.take(loan.client, loan.size)
-        loan.holders += 1
-        try:
-            yield
-        finally:
-            loan.holders -= 1
-            if not loan.holders:
-                self._holdings.give(loan.client, loan.size)
-                for key in loan.keys:
-                    self._kept[key].loans -= 1
-                loan.keys.clear()
-                loan.adapter = {}  # whoever still computes with the old one may finish
-
-    def _check(self, request: Lend) -> int:
-        """Bytes of all bundles. Raises RemoteProtocolError."""
-        blocks = [spec.block for spec in request.bundles]
-        span = self._span.blocks
-        if len(set(blocks)) < len(blocks) or not all(span.start <= b < span.end for b in blocks):
+    def _check(self, request: Lend) -> BlockRange:
+        """Which blocks are meant. Raises RemoteProtocolError."""
+        span, start, end = self._span.blocks, request.start, request.end
+        named = {spec.block for spec in request.bundles}
+        if not span.start <= start < end <= span.end or len(named) < len(request.bundles):
             raise RemoteProtocolError(
-                ErrorCode.BAD_SPAN, f"one adapter for each block is possible, of {span}"
+                ErrorCode.BAD_SPAN, f"one bundle for each block is possible, of {span}"
             )
-        size = sum(spec.size for spec in request.bundles)
-        most = self._limits.adapter_bytes // 2
-        if size > most:
-            raise RemoteProtocolError(
-                ErrorCode.OVERSIZE, f"adapters of {size:,} bytes; at most {most:,} can be kept"
-            )
-        return size
+        return BlockRange(start, end)
 
-    def _pin(self, loan: Loan, request: Lend) -> list[int]:
-        """Hold what is here, and make room for what is not: its blocks."""
-        missing: list[int] = []
-        for spec in request.bundles:
-            key = loan.client, spec.digest, spec.block
-            kept = self._kept.get(key)
-            if kept is None or kept.size != spec.size:
-                missing.append(spec.block)
-            else:
-                self._hold(loan, key, kept)
-        self._make_room()
-        return missing
-
-    def _hold(self, loan: Loan, key: _Key, kept: _Kept) -> None:
-        kept.loans += 1
-        self._kept.move_to_end(key)
-        loan.keys.append(key)
-        loan.adapter[key[2]] = kept.adapter
-
-    def _make_room(self) -> None:
-        """All that is held has room, and what comes; of the others only as much as is left."""
-        free = [key for key, kept in self._kept.items() if not kept.loans]
-        room = self._holdings.left
-        spare = sum(self._kept[key].size for key in free)
-        dropped = False
-        for key in free:
-            if spare <= room:
-                break
-            spare -= self._kept.pop(key).size
-            dropped = True
-        if dropped:
-            self._forget()
-
-    async def _gather(
-        self,
-        stream: Stream,
-        conversation: Conversation,
-        loan: Loan,
-        request: Lend,
-        missing: list[int],
-    ) -> None:
-        specs = {spec.block: spec for spec in request.bundles if spec.block in missing}
-        come: dict[int, bytearray] = {block: bytearray() for block in missing}
-        while any(len(come[block]) < specs[block].size for block in missing):
+    async def _gather(self, stream: Stream, conversation: Conversation, loan: Loan) -> None:
+        specs = {spec.block: spec for spec in loan.missing}
+        come: dict[int, bytearray] = {block: bytearray() for block in specs}
+        while any(len(come[block]) < spec.size for block, spec in specs.items()):
             message = await self._receive(stream, conversation, self._limits.send_timeout)
             if not isinstance(message, Bundle):
                 raise PeerUnavailable("the client gave up")
@@ -175,20 +77,15 @@ class LoanDesk:
             part += message.data
             if len(part) > specs[message.block].size:
                 raise RemoteProtocolError(ErrorCode.BAD_ADAPTER, "more bytes than were announced")
-        for block, part in come.items():
-            adapter = await in_thread(
-                lambda b=block, d=bytes(part): self._parse(b, d, specs[b].digest)
-            )
-            key = loan.client, specs[block].digest, block
-            # Another loan of the same may have been quicker.
-            kept = self._kept.setdefault(key, _Kept(adapter, specs[block].size))
-            self._hold(loan, key, kept)
+        for block, spec in specs.items():
+            data = bytes(come.pop(block))
+            self.stock.add(loan, spec, await in_thread(lambda d=data, s=spec: self._parse(d, s)))
 
-    def _parse(self, block: int, data: bytes, digest: bytes) -> BlockAdapter:
-        if digest_of(data) != digest:
+    def _parse(self, data: bytes, spec: BundleSpec) -> BlockAdapter:
+        if digest_of(data) != spec.digest:
             raise RemoteProtocolError(ErrorCode.BAD_ADAPTER, "an adapter is not what its hash says")
         span = self._span
-        return from_bundle(data, span.patches.sizes(block), span.device, span.hidden_size)
+        return from_bundle(data, span.patches.sizes(spec.block), span.device, span.hidden_size)
 
     async def _end(self, stream: Stream, conversation: Conversation) -> None:
         message = await self._receive(stream, conversation, self._limits.idle_timeout)

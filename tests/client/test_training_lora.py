@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from swarm.client.remote import RemoteBlocks
-from swarm.config import ServerLimits
 from swarm.errors import UsageError
 from swarm.fakes import Fate
 from swarm.messages import Message, Piece, Train
+from swarm.server.adapters_stock import Stock
 from tests.client.pairs import GREEDY, Killer, Pair, prompt, shell_of
 from tests.client.test_training import FAMILIES, agree, texts
 from tests.client.twins import WHOLE
@@ -267,9 +267,8 @@ def test_numbers_that_are_not_finite_never_leave(shared: Pair) -> None:
 
 def test_an_adapter_that_is_too_large_for_servers_is_said() -> None:
     pair = Pair("llama", seed=91)
-    pair.swarm.limits = ServerLimits(adapter_bytes=1000)
     for server in pair.swarm.servers:
-        server.handler._loans._limits = pair.swarm.limits
+        server.handler._loans.stock = Stock(1000)
     with pair.swarm:
         pair.model.add_adapter(lora())
         with pytest.raises(UsageError, match="does not take this adapter"):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from swarm.dht.records import Adapter
 from swarm.monitor.feed import difference
 from swarm.types import ModelId
 from tests.browser import SCHEMES, WIDTHS, Scheme, Visit, screenshots, violations
@@ -40,7 +41,7 @@ def shown(it: Monitor) -> Monitor:
         [
             record(0, "0:9", public_name=EVIL),
             record(1, "0:12", public_name=TURNED, state="draining"),
-            record(2, "9:20", public_name="lab 4090", adapters=("poet",)),
+            record(2, "9:20", public_name="lab 4090", adapters=(Adapter("poet", bytes(8)),)),
             record(3, "12:24", public_name="", state="joining"),
             record(4, "9:20", public_name="basement"),
         ],

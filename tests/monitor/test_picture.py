@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from swarm.cli.serve import server_parser
 from swarm.dht.directory import SwarmView
-from swarm.dht.records import ServerRecord, ServerState, SignedRecord
+from swarm.dht.records import Adapter, ServerRecord, ServerState, SignedRecord
 from swarm.messages import Load
 from swarm.monitor.picture import Joining, draw, harmless, model_key, ranges, significant
 from swarm.monitor.pulse import Answer
@@ -121,7 +121,9 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_stay_text_in_bounds_and_commands_stay_one_command(name: str) -> None:
     model = ModelId(name, "ab" * 32)
-    shown = record(0, model=model, public_name=name, adapters=(name,), version=name)
+    shown = record(
+        0, model=model, public_name=name, adapters=(Adapter(name, bytes(8)),), version=name
+    )
     drawn = draw(model, 24, members(shown), {}, Joining(PEERS, private=True))
     words = shlex.split(drawn["needs"][0]["command"])
     assert words == [

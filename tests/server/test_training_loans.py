@@ -15,7 +15,8 @@ from swarm.config import ServerLimits
 from swarm.errors import ErrorCode
 from swarm.messages import Bundle, Lend, Lent
 from swarm.messages_training import BundleSpec
-from swarm.models.adapters import BlockAdapter, digest_of, from_bundle, to_bundle
+from swarm.models.adapters import BlockAdapter
+from swarm.models.bundles import digest_of, from_bundle, id_of, to_bundle
 from swarm.models.spans import SpanStep
 from swarm.pieces import spec_of
 from swarm.transport import Stream
@@ -40,6 +41,13 @@ def bundle(**tensors: torch.Tensor) -> bytes:
     return save({f"{PATH}.{name}": tensor for name, tensor in (good | tensors).items()})
 
 
+def specs(data: Mapping[int, bytes]) -> tuple[BundleSpec, ...]:
+    return tuple(
+        BundleSpec(block=block, digest=digest_of(part), size=len(part))
+        for block, part in data.items()
+    )
+
+
 def lend(stranger: Stranger, server: Server, data: Mapping[int, bytes], **changes: Any) -> Lend:
     name = changes.get("session_id", secrets.token_bytes(16))
     fields: dict[str, Any] = {
@@ -47,10 +55,9 @@ def lend(stranger: Stranger, server: Server, data: Mapping[int, bytes], **change
         "fingerprint": MODEL.fingerprint,
         "dtype": "float32",
         "session_id": name,
-        "bundles": tuple(
-            BundleSpec(block=block, digest=digest_of(part), size=len(part))
-            for block, part in data.items()
-        ),
+        "start": server.record.record.blocks.start,
+        "end": server.record.record.blocks.end,
+        "bundles": specs(data),
         "credentials": stranger.credentials(server, name),
     }
     return Lend(**fields | changes)
@@ -146,12 +153,12 @@ def test_what_was_not_announced_is_refused(town: Town, part: Bundle) -> None:
 def test_openings_of_loans_are_checked_as_all_others(town: Town) -> None:
     async def go() -> None:
         spec = BundleSpec(block=0, digest=bytes(32), size=1)
-        far = spec.model_copy(update={"block": 5})
         huge = spec.model_copy(update={"size": 1 << 30})
         for changes, code in [
             ({"model": "another"}, ErrorCode.WRONG_MODEL),
             ({"session_id": b"another session!"}, ErrorCode.UNAUTHORIZED),
-            ({"bundles": (far,)}, ErrorCode.BAD_SPAN),
+            ({"end": 3}, ErrorCode.BAD_SPAN),
+            ({"start": 2, "end": 1}, ErrorCode.BAD_SPAN),
             ({"bundles": (spec, spec)}, ErrorCode.BAD_SPAN),
             ({"bundles": (huge,)}, ErrorCode.OVERSIZE),
         ]:
@@ -176,11 +183,10 @@ def test_a_hash_is_worth_nothing_to_others(town: Town) -> None:
         assert missing == ()
         other, missing = await lent(two, town.server, data)
         assert missing == (0, 1)
-        stream = await two.dial(town.server)  # nor the name of a loan
-        loan = next(name for _, name in town.server.handler._loans._loans)
-        asked = request(two, town.server, loan=loan)
-        await say(stream, asked)
-        assert await refused(stream) is ErrorCode.UNKNOWN_SESSION
+        three = Stranger(town.swarm, client=89)
+        stream = await three.dial(town.server)  # nor may it be named
+        await say(stream, request(three, town.server, adapter=id_of(specs(data))))
+        assert await refused(stream) is ErrorCode.UNKNOWN_ADAPTER
         for each in (first, again, other, stream):
             each.cancel()
 
@@ -189,10 +195,16 @@ def test_a_hash_is_worth_nothing_to_others(town: Town) -> None:
 
 def test_loans_that_were_never_made_cannot_be_used(town: Town) -> None:
     async def go() -> None:
-        stream = await town.stranger.dial(town.server)
-        await say(stream, request(town.stranger, town.server, loan=bytes(16), tensors=GOOD))
-        assert await refused(stream) is ErrorCode.UNKNOWN_SESSION
-        stream.cancel()
+        name = id_of(specs({0: GOOD_BUNDLE}))
+        part, _ = await lent(town.stranger, town.server, {0: GOOD_BUNDLE}, end=1)
+        opening = town.stranger.opening(town.server, adapter=name)
+        asked = request(town.stranger, town.server, adapter=bytes(32), tensors=GOOD)
+        for message in (asked, opening):  # block 1 was not lent
+            stream = await town.stranger.dial(town.server)
+            await say(stream, message)
+            assert await refused(stream) is ErrorCode.UNKNOWN_ADAPTER
+            stream.cancel()
+        part.cancel()
 
     town.run(go())
 
@@ -200,10 +212,10 @@ def test_loans_that_were_never_made_cannot_be_used(town: Town) -> None:
 def test_a_session_has_what_was_lent_for_it_and_nobody_else_has(town: Town) -> None:
     async def go() -> None:
         text = hidden_of(town.local, 5)
-        name = secrets.token_bytes(16)
         adapter = factors(seed=5)
-        stream, _ = await lent(town.stranger, town.server, {1: to_bundle(adapter)}, session_id=name)
-        talk = await town.stranger.open(town.server, session_id=name)
+        data = {1: to_bundle(adapter)}
+        stream, _ = await lent(town.stranger, town.server, data)
+        talk = await town.stranger.open(town.server, adapter=id_of(specs(data)))
         plain = await town.stranger.open(town.server)
         cache = town.local.open_cache(town.local.blocks, 1, 64)
         cache.adapter = {1: adapter}
@@ -224,22 +236,22 @@ def test_memory_for_adapters_is_bounded_and_comes_back() -> None:
     with Town(limits=ServerLimits(adapter_bytes=4 * size, send_timeout=2.0)) as town:
 
         async def go() -> None:
-            desk = town.server.handler._loans
+            stock = town.server.handler._loans.stock
             one, two = town.stranger, Stranger(town.swarm, client=90)
             held = [await lent(one, town.server, {0: to_bundle(factors(seed=s))}) for s in (0, 1)]
             stream = await one.dial(town.server)  # half of what no others hold is all
             await say(stream, lend(one, town.server, {0: to_bundle(factors(seed=2))}))
             assert await refused(stream) is ErrorCode.BUSY
             held.append(await lent(two, town.server, {0: to_bundle(factors(seed=3))}))
-            assert desk.kept_bytes == 3 * size
+            assert stock.kept_bytes == 3 * size
             for each, _ in held:
                 each.cancel()
-            while desk._loans:  # noqa: ASYNC110
+            while len(stock):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             for seed in range(4, 9):  # what nobody holds makes room
                 each, missing = await lent(one, town.server, {0: to_bundle(factors(seed=seed))})
                 assert missing == (0,)
-                assert desk.kept_bytes <= 4 * size
+                assert stock.kept_bytes <= 4 * size
                 each.cancel()
             each, missing = await lent(one, town.server, {0: to_bundle(factors(seed=8))})
             assert missing == ()

@@ -1,28 +1,35 @@
-"""LoRA adapters of PEFT on a shell, as what travels: their factors, and their bytes."""
+"""LoRA adapters of PEFT, as what travels: their factors, and their bytes; from a model without
+weights, a client's shell or one that is made just to read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig
 
-from swarm.client.training_loans import Bundles
 from swarm.errors import UsageError
-from swarm.models.adapters import MAX_RANK, BlockAdapter, Factors, to_bundle
-from swarm.models.adapters_shell import blocks_of
+from swarm.models.adapters import BlockAdapter, Factors
+from swarm.models.adapters_shell import phantom_model, phantoms_of
+from swarm.models.bundles import MAX_RANK, Bundles, to_bundle
+from swarm.models.checkpoint import locate
+from swarm.models.loading import frugal_loading
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 Live = Mapping[int, BlockAdapter]
 """Factors by block, through which gradients find back to the parameters of PEFT."""
 
 
 class ShellAdapters:
-    """What PEFT has put around the phantoms of a shell, as far as it is active."""
+    """What PEFT has put around the phantoms of these blocks, as far as it is active."""
 
-    def __init__(self, shell: PreTrainedModel) -> None:
-        self._blocks = blocks_of(shell)
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
 
     def live(self) -> Live:
         """Raises UsageError for what servers cannot do."""
@@ -39,6 +46,38 @@ def bundles_of(live: Live) -> Bundles:
     """The bytes of that, made anew each time: optimizers that are fused change weights without a
     trace. Raises UsageError for numbers that are not finite."""
     return Bundles.of({block: _bytes(block, own) for block, own in live.items()})
+
+
+def find_adapter(source: str, token: str | None = None) -> tuple[str, Path]:
+    """Its name, and the folder with its files, from a folder or the Hub. Raises UsageError."""
+    name, files = locate(source, None, token)
+    for file in (_CONFIG, _WEIGHTS):
+        if file not in files.files:
+            raise UsageError(f"{source} has no {file}: give what PEFT's save_pretrained wrote")
+        files.path(file)
+    return name.rpartition("/")[2], files.path(_WEIGHTS).parent
+
+
+def read_adapter(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> Bundles:
+    """An adapter as PEFT loads it into a model whose weights are of this dtype. Raises UsageError
+    unless it is LoRA in linear layers of blocks, and nothing else."""
+    model = phantom_model(config, dtype)
+    try:
+        with frugal_loading(), safe_open(folder / _WEIGHTS, framework="pt") as file:
+            count = len(file.keys())
+            report = model.load_adapter(str(folder))
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise UsageError(f"the adapter in {folder} does not fit this model: {why}") from error
+    with torch.no_grad():
+        adapters = ShellAdapters(phantoms_of(model))
+        live = adapters.live()
+        if report.missing_keys or count != sum(len(block.tensors) for block in live.values()):
+            raise UsageError(
+                f"the adapter in {folder} is more than LoRA in linear layers of this model's "
+                "blocks: servers can preload no such ones"
+            )
+        return bundles_of(live)
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:

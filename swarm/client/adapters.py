@@ -1,0 +1,52 @@
+"""Adapters that servers announce, by their names: to use one, nobody needs its weights."""
+
+from __future__ import annotations
+
+import re
+
+from swarm.client.network import ModelRouter, SwarmNetwork
+from swarm.dht.records import Adapter, ServerState, SignedRecord
+from swarm.errors import SwarmError, UsageError
+from swarm.models.bundles import Bundles
+
+_WHOLE = "[0-9a-f]{64}"
+
+
+def find_adapter(network: SwarmNetwork, router: ModelRouter, wanted: str | None) -> Bundles | None:
+    """`NAME`, or `NAME@HEX` with as much of the hash as tells it apart; all of it is believed as it
+    stands, less is asked for at a server. Raises UsageError."""
+    if wanted is None:
+        return None
+    name, _, begin = wanted.partition("@")
+    if re.fullmatch(_WHOLE, begin):
+        return _announced(bytes.fromhex(begin))
+    held: dict[Adapter, list[SignedRecord]] = {}
+    for server in router.view.servers:
+        if server.record.state is ServerState.ONLINE:
+            for adapter in server.record.adapters:
+                held.setdefault(adapter, []).append(server)
+    found = [a for a in held if a.name == name and a.id.hex().startswith(begin[:16])]
+    if not found:
+        known = ", ".join(sorted(map(str, held))) or "none at all"
+        raise UsageError(
+            f"no server announces an adapter '{wanted}' (they announce {known}): choose one of "
+            "these, or load its weights with model.load_adapter"
+        )
+    if len(found) > 1:
+        raise UsageError(
+            f"several adapters are called '{name}': say which one, {' or '.join(map(str, found))}"
+        )
+    (adapter,) = found
+    for server in held[adapter]:
+        try:
+            whole = network.ask(server).adapters.values()
+        except SwarmError:
+            continue
+        for each in whole:
+            if each.startswith(adapter.id) and each.hex().startswith(begin):
+                return _announced(each)
+    raise UsageError(f"no server that announces {adapter} answers as if it had it: try again later")
+
+
+def _announced(name: bytes) -> Bundles:
+    return Bundles(name, {}, ())
