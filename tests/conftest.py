@@ -56,6 +56,8 @@ sys.addaudithook(stay_at_home)
 
 
 def pytest_unconfigure() -> None:
+    if "tests.nursery" in sys.modules:
+        sys.modules["tests.nursery"].NURSERY.close()
     shutil.rmtree(HOUSE, ignore_errors=True)
 
 
@@ -68,13 +70,18 @@ def seeded() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+def nursery_pid() -> int | None:
+    """It lives as long as we do (tests/nursery.py)."""
+    return sys.modules["tests.nursery"].NURSERY.pid if "tests.nursery" in sys.modules else None
+
+
 def our_processes() -> list[psutil.Process]:
     """What tests of this process started, also if its parent is dead by now (as p2pd's may be)."""
     found: list[psutil.Process] = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             home = process.environ().get("TMPDIR", "")  # or in it, as LocalSwarm's children
-            if not home.startswith(str(HOUSE)) or process.pid == os.getpid():
+            if not home.startswith(str(HOUSE)) or process.pid in (os.getpid(), nursery_pid()):
                 continue
             # Python's own helper of shared memory lives as long as we do.
             if not any("resource_tracker" in word for word in process.cmdline()):

@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,12 +21,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.nursery import ROOT, Program
 from tests.waits import wait_until
 
 if TYPE_CHECKING:
     from swarm.client.network import SwarmNetwork
 
-ROOT = Path(__file__).parent.parent
 PROMPT = [1, 17, 42, 5, 9, 23, 77, 3]
 LIFETIME = 4  # seconds, of records
 _START_SECONDS = 120.0
@@ -140,17 +139,16 @@ class Machines:
         self, command: Sequence[str], clock: float = 0.0, namespace: int | None = None
     ) -> Machine:
         """A `swarm` command, or `client PEERS`, of tests/odd.py."""
-        odd = [sys.executable, "-P", "-m", "tests.odd", str(clock), str(LIFETIME), *command]
         log = self.folder / f"{len(self._processes)}.log"
         with log.open("w") as errors:
-            process = subprocess.Popen(
-                [*(_enter(namespace) if namespace else ()), *odd],
+            process = Program(
+                ["tests.odd", str(clock), str(LIFETIME), *command],
+                f"/proc/{namespace}/ns/net" if namespace else "",
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
                 process_group=self._guardian.pid,
-                text=True,
             )
         self._processes.append(process)
         return Machine(process, log)

@@ -13,6 +13,7 @@ from swarm import AutoDistributedModelForCausalLM, LocalSwarm
 from swarm.client.network import SwarmNetwork
 from swarm.client.remote import InferenceSession
 from swarm.models.demo import DEMO_MODEL
+from tests.nursery import QuickSwarm
 
 SPANS = ("0:12", "12:24", "12:24")
 PROMPT = torch.tensor([[17, 5, 301, 44, 8, 90]])
@@ -44,7 +45,7 @@ def last_of(swarm: LocalSwarm, session: InferenceSession) -> int:
 def test_no_token_is_computed_twice_when_servers_leave() -> None:
     reference: Any = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     expected = reference.generate(PROMPT, **(MORE | {"max_new_tokens": 80, "min_new_tokens": 80}))
-    with LocalSwarm(spans=SPANS, dtype="float32") as swarm, ThreadPoolExecutor(1) as pool:
+    with QuickSwarm(spans=SPANS, dtype="float32") as swarm, ThreadPoolExecutor(1) as pool:
         try:
             model: Any = AutoDistributedModelForCausalLM.from_pretrained(
                 None, initial_peers=swarm.peers

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from swarm.identity import SwarmKey
 from swarm.local import LocalSwarm
 from swarm.models.demo import DEMO_MODEL
+from tests.nursery import QuickSwarm
 
 BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 EXTENSION = x509.ObjectIdentifier("1.3.6.1.4.1.53594.1.1")
@@ -205,7 +206,7 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[LocalSwarm]:
     """The last of its servers may be killed."""
-    with LocalSwarm(spans=["0:9", "9:24", "9:24"], swarm_key=SECRET, dtype="float32") as swarm:
+    with QuickSwarm(spans=["0:9", "9:24", "9:24"], swarm_key=SECRET, dtype="float32") as swarm:
         yield swarm
 
 

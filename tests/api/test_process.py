@@ -15,6 +15,7 @@ from swarm.cli.api import api
 from swarm.errors import UsageError
 from swarm.local import LocalSwarm
 from tests.api.site import client, tokenizer
+from tests.nursery import QuickSwarm
 
 TEXT = "And it came to pass in those days, that"
 
@@ -48,7 +49,7 @@ def reference(tokens: int) -> str:
 
 def test_a_server_is_killed_while_it_streams_and_the_words_are_the_same() -> None:
     expected = reference(24)
-    with LocalSwarm(spans=["0:24", "0:24"], dtype="float32") as swarm, api_of(swarm) as started:
+    with QuickSwarm(spans=["0:24", "0:24"], dtype="float32") as swarm, api_of(swarm) as started:
         url, process = started
         ask = client(url)
         [model] = ask.models.list().data

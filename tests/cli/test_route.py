@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-from swarm import LocalSwarm
 from swarm.cli import main
 from swarm.cli.route import Outlook, _look_out
 from swarm.client.network import ModelRouter
@@ -14,6 +13,7 @@ from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.memory import MemoryDht
 from swarm.dht.records import peer_tag
 from tests.client.market import MODEL, book, request, server
+from tests.nursery import QuickSwarm
 
 PEERS = ["--peers", "/ip4/127.0.0.1/tcp/9/p2p/QmeL3fLd2dbKVM8wVZUdbHAugA6Co1NJf7nNMZ1AXidP5g"]
 
@@ -89,7 +89,7 @@ def test_it_says_what_is_wrong(
 
 
 def test_a_real_swarm_is_measured_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with LocalSwarm(spans=["0:24"]) as swarm:
+    with QuickSwarm(spans=["0:24"]) as swarm:
         assert main(["route", "swarm-demo", "--json", "--peers", *swarm.peers]) == 0
         found = json.loads(capsys.readouterr().out)
         assert main(["route", "another", "--peers", *swarm.peers]) == 2

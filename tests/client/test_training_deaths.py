@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from swarm import AutoDistributedModelForCausalLM, LocalSwarm
+from swarm import AutoDistributedModelForCausalLM
 from swarm.client import training, training_hop
 from swarm.client.network import SwarmNetwork
 from tests.client.test_training import texts
 from tests.client.test_training_lora import learning, lora
 from tests.models.tiny import save_tiny
+from tests.nursery import QuickSwarm
 
 STEPS = 18
 
@@ -59,7 +60,7 @@ def test_killed_and_frozen_servers_do_not_show(
     monkeypatch.setattr(training, "_PART_SECONDS", 1e-9)  # several parts on their way
     monkeypatch.setattr(training_hop, "_LOOK", 0.5)
     dice = random.Random(7)
-    with LocalSwarm(folder, spans=["0:3", "3:6", "0:6"]) as swarm:
+    with QuickSwarm(folder, spans=["0:3", "3:6", "0:6"]) as swarm:
         local = Learner(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
         remote = Learner(
             AutoDistributedModelForCausalLM.from_pretrained(folder, initial_peers=swarm.peers)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import sys
 import threading
 import weakref
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Generator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -34,45 +32,23 @@ from swarm.server.choice import ServerConfig
 from swarm.server.node import ServerNode
 from swarm.server.serving import Source
 from swarm.types import BlockRange, ModelId
+from tests.nursery import Program
 from tests.server.nodes import bystander, look, play
 
-# As `swarm-server --num-blocks 2`, in a hurry: dead after 3 s of silence, a look each half second.
-SERVER = """
-import asyncio, sys
-from swarm.config import ServerLimits
-from swarm.loop import run
-from swarm.server.choice import ServerConfig
-from swarm.server.node import ServerNode
 
-async def main(model, *peers):
-    limits = ServerLimits(record_lifetime=3, balance_seconds=0.5)
-    config = ServerConfig(model, num_blocks=2, peers=peers, host="127.0.0.1", limits=limits)
-    async with ServerNode.running(config) as node:
-        print(node.ready_line, flush=True)
-        await node.wait(asyncio.Event())
-
-run(main(*sys.argv[1:]))
-"""
-
-
-@asynccontextmanager
-async def server(model: Path, peers: list[str]) -> AsyncGenerator[Process]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-c", SERVER, model, *peers, stdout=PIPE, env=env
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
+@contextmanager
+def server(model: Path, peers: list[str]) -> Generator[Program]:
+    with Program(["tests.server.hasty", str(model), *peers], stdout=PIPE) as process:
+        try:
+            yield process
+        finally:
             process.kill()
-        await process.wait()
 
 
-async def ready(process: Process) -> tuple[str, str]:
+async def ready(process: Program) -> tuple[str, str]:
     """Its blocks and its peer id."""
     assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
+    line = await asyncio.to_thread(process.stdout.readline)
     found = re.match(r"ready .* blocks=(\S+) .*/p2p/(\w+)$", line)
     assert found, line
     return found[1], found[2]
@@ -96,9 +72,9 @@ def test_killing_the_only_holder_of_blocks_moves_a_spare_server(model: Path) -> 
 
     async def kill_one(dht: DhtNode, peers: list[str]) -> None:
         directory = Directory(dht, ModelId("tiny-llama", Checkpoint.open(model).fingerprint), 4)
-        async with server(model, peers) as first:
+        with server(model, peers) as first:
             held = {first: await ready(first)}
-            async with server(model, peers) as second, server(model, peers) as third:
+            with server(model, peers) as second, server(model, peers) as third:
                 held |= {second: await ready(second), third: await ready(third)}
                 spans = [blocks for blocks, _ in held.values()]
                 assert sorted(set(spans)) == ["0:2", "2:4"]
