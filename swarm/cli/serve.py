@@ -103,6 +103,13 @@ def server_parser() -> Parser:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
+        "--compile",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="auto (the default) replays decode steps as CUDA graphs where a trial at start shows "
+        "that it is exact and pays; on tries torch.compile, too, which can take minutes",
+    )
+    parser.add_argument(
         "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
     )
     parser.add_argument(

@@ -210,7 +210,7 @@ class RaggedMask(SharedMask):
 def _real(group: Group, reading: Reading) -> Tensor:
     """bool `[items, PAGE]`: what is not padding."""
     rows: list[Tensor] = []
-    length = int(reading.slots.max()) + 1
+    length = reading.reach
     for segment in group.segments:
         mask = segment.mask
         if mask is None:

@@ -31,6 +31,17 @@ def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+@torch.library.custom_op("swarm::multiply", mutates_args=())
+def _opaque(x: Tensor, packed: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    """The same for torch.compile, whose own lowering takes constant weights only."""
+    return _multiply(x, packed, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, size: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], size)
+
+
 class _Multiplication(torch.autograd.Function):
     """For gradients of `x`, which oneDNN's own product does not know of; weights are frozen."""
 
@@ -62,6 +73,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _Multiplication.apply(x, self))
+        if torch.compiler.is_compiling():
+            return _opaque(x, self._packed, self.bias, self.out_features)
         if x.numel() > self.in_features or not self._large:
             return _multiply(x, self._packed, self.bias)
         few = x.reshape(1, -1).repeat(_FEW, 1)

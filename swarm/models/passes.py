@@ -17,6 +17,9 @@ from swarm.models.storage import Kind, KvStore, Slab, place
 
 _Index = tuple[Tensor | int, slice, Tensor | int]
 
+LAUNCHES = {"cuda"}  # devices where a call costs more than the copy of some pages
+_COPIED = 32  # pages that are copied at most to save one call. Not measured: 0.1 to 0.4 us each
+_MANY = 4  # runs from which on that is worth it
 SHORT = 8  # tokens per row up to which a step reads pages in place, instead of gathering them
 
 
@@ -41,6 +44,14 @@ class Segment:
     @property
     def total(self) -> int:
         return self.past + self.tokens
+
+
+def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64. Nobody waits until the device has done what is queued there, as for a plain copy."""
+    made = torch.tensor(numbers, dtype=torch.int64)
+    if device.type == "cuda":
+        return made.pin_memory().to(device, non_blocking=True)
+    return made.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,7 @@ class Reading:
         rows = [(table.first, row) for table in tables for row in table.rows]
         items = self._sorted(rows)
         self.runs = _runs(slabs, [page for page, _, _ in items])
+        self._pages = self._scattered([page for page, _, _ in items], device)
         counts = [len(pages) for _, pages in rows]
         self.rows, self.items = len(rows), len(items)
         starts = [sum(counts[:index]) for index in range(len(counts))]
@@ -80,22 +92,37 @@ class Reading:
         for index, (_, row, number) in enumerate(items):
             place_of[starts[row] + number] = index
         most = range(max(counts))
-        numbers = torch.tensor([rows[r][0] + n for _, r, n in items], device=device)
-        self.slots = numbers[:, None] * PAGE + torch.arange(PAGE, device=device)
-        self.owner = torch.tensor([row for _, row, _ in items], device=device)
-        self.by_row = torch.tensor(place_of, device=device)
-        self.offsets = torch.tensor(starts, device=device)
+        numbers = [rows[row][0] + number for _, row, number in items]
+        self.reach = (max(numbers) + 1) * PAGE  # slots, of the longest row
+        self.slots = to_device(numbers, device)[:, None] * PAGE + torch.arange(PAGE, device=device)
+        self.owner = to_device([row for _, row, _ in items], device)
+        self.by_row = to_device(place_of, device)
+        self.offsets = to_device(starts, device)
         self.in_order = len(items) == len(rows) and place_of == list(range(len(items)))
         widest = [
             place_of[start + min(number, count - 1)]
             for start, count in zip(starts, counts, strict=True)
             for number in most
         ]
-        self.widest = torch.tensor(widest, device=device)
+        self.widest = to_device(widest, device)
+
+    def _scattered(self, pages: list[int], device: torch.device) -> Tensor | None:
+        """Where many products of few pages each would cost more calls than the pages are worth,
+        their numbers in the one slab that has them."""
+        slabs, runs = {id(run.slab) for run in self.runs}, len(self.runs)
+        if device.type not in LAUNCHES or len(slabs) > 1:
+            return None
+        if runs <= _MANY or len(pages) > _COPIED * runs:
+            return None
+        first = self.runs[0].slab.pages.start
+        return to_device([page - first for page in pages], device)
 
     def factors(self, layer: int, which: int) -> list[tuple[Tensor, int, int]]:
         """Keys transposed (0) or values (1) of every run, `[pages * heads, …]`, and the items they
-        serve as. Views, kept for as long as the runs hold."""
+        serve as. Views, kept for as long as the runs hold; or copies of them all as one run."""
+        if self._pages is not None:
+            held = self.runs[0].slab.layers[layer][which].index_select(0, self._pages).flatten(0, 1)
+            return [(held if which else held.transpose(1, 2), 0, self.items)]
         if (layer, which) not in self._factors:
             found: list[tuple[Tensor, int, int]] = []
             for run in self.runs:
@@ -145,7 +172,7 @@ class Group:
     def places(self, device: torch.device) -> Tensor:
         """int64 `[rows, tokens]`: where in its row's text each new token stands."""
         past = [segment.past for segment in self.segments for _ in range(segment.rows)]
-        first = torch.tensor(past, device=device)[:, None]
+        first = to_device(past, device)[:, None]
         if self.reading.tokens == 1:
             return first
         return first + torch.arange(self.reading.tokens, device=device)
@@ -195,18 +222,14 @@ class KindPass:
                 return [(slab, None, self._index(first, pages, offsets))]
             if mine := [at for at, page in enumerate(pages) if first <= page < last]:
                 part = self._index(first, [pages[at] for at in mine], [offsets[at] for at in mine])
-                writes.append((slab, torch.tensor(mine, device=self.device), part))
+                writes.append((slab, to_device(mine, self.device), part))
         return writes
 
     def _index(self, first: int, pages: list[int], offsets: list[int]) -> _Index:
         local = [page - first for page in pages] if first else pages
         if len(local) == 1:  # plain numbers take half the time there
             return local[0], slice(None), offsets[0]
-        return (
-            torch.tensor(local, device=self.device),
-            slice(None),
-            torch.tensor(offsets, device=self.device),
-        )
+        return to_device(local, self.device), slice(None), to_device(offsets, self.device)
 
     def groups(self) -> list[Group]:
         """The rows with few new tokens, by how many."""
@@ -225,13 +248,17 @@ class KindPass:
         if self._alone and len(members) == len(self.segments):
             return Group(reading, members, None)
         packed = [place for segment in members for place in range(segment.start, segment.end)]
-        return Group(reading, members, torch.tensor(packed, device=self.device))
+        return Group(reading, members, to_device(packed, self.device))
 
     def gather(self, layer: int, segment: Segment, skip: int = 0) -> tuple[Tensor, Tensor]:
         """Copies of a session's keys and values, `[rows, heads, total - first_slot, dim]`, without
         so many pages in front."""
         table = segment.tables[self.kind]
         room = len(table.rows[0]) - skip
+        left = segment.total - self.first_slot(segment) - skip * PAGE
+        if self.device.type in LAUNCHES:
+            keys, values = self._side_by_side(layer, [row[skip:] for row in table.rows])
+            return keys[:, :, :left], values[:, :, :left]
         runs = [_runs(self.slabs, row[skip:]) for row in table.rows]
         copies: list[Tensor] = []
         for which in (0, 1):
@@ -242,7 +269,6 @@ class KindPass:
                 for run in parts:
                     held = run.slab.layers[layer][which][run.first : run.last]
                     copy[row, :, run.begin : run.end] = held.transpose(0, 1)
-            left = segment.total - self.first_slot(segment) - skip * PAGE
             copies.append(copy.flatten(2, 3)[:, :, :left])
         return copies[0], copies[1]
 
@@ -250,6 +276,9 @@ class KindPass:
         """Copies of all rows' keys and values side by side, `[rows, heads, width, dim]`. What is
         behind a row's text is finite, or that row's own, and must be masked."""
         rows = [row for segment in self.segments for row in segment.tables[self.kind].rows]
+        return self._side_by_side(layer, rows)
+
+    def _side_by_side(self, layer: int, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         most = max(len(row) for row in rows)
         pages = [row[min(at, len(row) - 1)] for row in rows for at in range(most)]
         copies: list[Tensor] = []
@@ -257,7 +286,7 @@ class KindPass:
             parts: list[Tensor] = []
             if len(self.slabs) == 1:
                 held, first = self.slabs[0].layers[layer][which], self.slabs[0].pages.start
-                index = torch.tensor([page - first for page in pages], device=self.device)
+                index = to_device([page - first for page in pages], self.device)
                 parts.append(held.index_select(0, index))
             else:
                 for run in _runs(self.slabs, pages):

@@ -95,6 +95,7 @@ class KvStore:
         # What one more token of one row in all blocks needs.
         self.token_bytes = max(1, numbers + sum(shape.per_token for shape in states.values()))
         self.readings: dict[tuple[Kind, int], Any] = {}  # of the last pass, by tokens per row
+        self.recordings: dict[Any, Any] = {}  # forwards for passes in these slabs (replay.py)
         self._shelves: dict[Kind, _Shelf] = {}
         self._charged = 0
 
@@ -203,7 +204,10 @@ class KvStore:
             each = shelf.page_bytes
             held = sum(len(slab.pages) for slab in shelf.slabs)
             least, most = (max(1, self.budget // part // each) for part in (_SMALLEST, _LARGEST))
-            count = min(max(least, min(held, most)), (self.budget - self.taken) // each)
+            left = (self.budget - self.taken) // each
+            if self.device.type == "cuda" and not held:
+                least = max(least, left // 2)  # passes within one slab can be replayed
+            count = min(max(least, min(held, most)), left)
             if count > 0 and self._add_slab(kind, shelf, count):
                 continue
             if not self._give_up_a_slab(but=shelf):
@@ -242,6 +246,7 @@ class KvStore:
                     shelf.pool.remove(slab.pages)
                     self.taken -= slab.nbytes
                     self.readings.clear()  # or its tensors would live on in there
+                    self.recordings.clear()
                     return True
         return False
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from swarm.models.families import sliced_config
+from swarm.models.fixed import FixedPass
 from swarm.types import BlockRange
 
 
@@ -53,3 +54,7 @@ class View:
             return self.stack(inputs_embeds=hidden, **kwargs)[0]
         finally:
             vars(self.entry)["hidden"] = None
+
+    def decode(self, hidden: Tensor, work: FixedPass) -> Tensor:
+        """A pass that brings its positions along: nothing else may differ from one to the next."""
+        return self.run(hidden, position_ids=work.place[None], past_key_values=work)

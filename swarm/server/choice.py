@@ -18,6 +18,7 @@ from swarm.loop import in_thread
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import text_config
 from swarm.server import placement, throughput
+from swarm.server.compiling import CompileMode
 from swarm.tensors import DTYPE_NAMES
 from swarm.types import DTYPE_BYTES, BlockRange, DType
 
@@ -41,6 +42,7 @@ class ServerConfig:
     public_name: str = ""
     dtype: DType | Literal["auto"] = "auto"
     device: str = "auto"
+    compile: CompileMode = "auto"
     throughput: float | Literal["auto", "eval"] = "auto"  # tokens/s that one block would give
     balance_quality: float = 0.75  # as for `placement.consider_move`; 0: never move
     identity: Path | None = None  # None: a new one each time

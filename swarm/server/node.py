@@ -208,6 +208,7 @@ class ServerNode:
             await in_thread(lambda: Shelf.find(config)),
             given=config.throughput if isinstance(config.throughput, float) else None,
             anew=config.throughput == "eval",
+            compile=config.compile,
         )
         self._serving = Serving(source, self._door, self._handle)
         self._fetch = lambda blocks: fetch_span(checkpoint, blocks)

@@ -20,6 +20,7 @@ from swarm.models.loading import load_span
 from swarm.models.spans import Span, SplitProof
 from swarm.server import throughput
 from swarm.server.backend import Backend
+from swarm.server.compiling import CompileMode, try_out, ways_of
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
@@ -48,6 +49,7 @@ class Source:
     shelf: Shelf
     given: float | None = None  # block-tokens per second: nothing is measured then
     anew: bool = False  # measure although it is known
+    compile: CompileMode = "off"
 
     def load(self, blocks: BlockRange) -> Span:
         """Takes long. Raises UsageError."""
@@ -72,11 +74,13 @@ class Source:
         return Speeds() if self.anew else throughput.remembered(self._key(blocks))
 
     def prepare(self, span: Span) -> Speeds:
-        """Give it memory for keys and values, and see how quick it is for one session."""
+        """Give it memory for keys and values, and see how quick it is for one session, by whatever
+        way of computing is the quickest."""
         store = span.store
         store.budget = self.limits.kv_bytes or throughput.cache_budget(self.device)
         tokens = store.budget // store.token_bytes
         logger.info("%.2f GiB for keys and values: %d tokens", store.budget / 2**30, tokens)
+        try_out(span, ways_of(self.compile, self.device))
         try:
             alone = throughput.measure(span, *SHAPES["alone"])
         except OutOfPages as error:
@@ -94,7 +98,8 @@ class Source:
 
     def _key(self, blocks: BlockRange) -> str:
         name = self.checkpoint.fingerprint
-        return throughput.speeds_key(name, len(blocks), self.dtype, self.device)
+        key = throughput.speeds_key(name, len(blocks), self.dtype, self.device)
+        return f"{key}\n{self.compile}" if ways_of(self.compile, self.device) else key
 
 
 @dataclass(slots=True)
