@@ -293,12 +293,15 @@ class Executor:
 
     def _rest(self, now: float) -> float | None:
         """Seconds until a unit of training may run; None: there is none, or it has to wait."""
-        streaming = self._scheduler.is_streaming(now)
-        return self._turns.wait(now, busy=len(self._scheduler) > 0, streaming=streaming)
+        if not len(self._turns):
+            return None
+        lull = self._scheduler.lull(now)
+        return self._turns.wait(now, busy=len(self._scheduler) > 0, lull=lull)
 
     def _width(self) -> int:
         """Tokens that training should take at a time: few while somebody waits for the next one."""
-        return 1 if self._scheduler.is_streaming(time.perf_counter()) else self._training_tokens
+        lull = self._scheduler.lull(time.perf_counter())
+        return self._training_tokens if lull is None else 1
 
     def _train(self) -> None:
         job, begin = self._turns.next(), time.perf_counter()
@@ -316,6 +319,7 @@ class Executor:
             end = RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in training")
         now = time.perf_counter()
         self._turns.advanced(job, begin, now, paused=paused)
+        self._scheduler.disturbed()
         self._busy += now - begin
         if end is not None:
             self._turns.drop(job)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from swarm.server.pace import ACTIVE, Pace, Pass
 
 _MISSED = 4  # times its usual gap after which a stream is taken to have ended
+_LEARNT = 5  # gaps of a stream that must have been seen: all its servers keep quiet for so long
+_FORGET = 1.02  # by which the least gap between two steps may have grown with each step
 PATIENCE = 16  # passes after which whoever waits goes first, whatever their priority
 
 
@@ -39,6 +41,14 @@ class Slice(NamedTuple):
     begin: int
     end: int
     last: bool
+
+
+class Lull(NamedTuple):
+    """Seconds `left` until the next step of a stream is due, of `gap` that are between two of them
+    at their quickest (0: not known yet)."""
+
+    left: float
+    gap: float
 
 
 class Scheduler:
@@ -135,16 +145,32 @@ class Scheduler:
         """The last pass ran from `begin` to `end`, in seconds."""
         self.pace.measured(Pass(*self._pass, begin, end))
 
-    def is_streaming(self, now: float) -> bool:
-        """Whether anybody decodes these days."""
-        return self._is_active(0, now)
+    def lull(self, now: float) -> Lull | None:
+        """How long the streams that decode these days want nothing; None: there are none."""
+        if not self._is_active(0, now):
+            return None
+        streams = self._streams.values()
+        if any(stream.seen < _LEARNT for stream in streams):
+            return Lull(0.0, 0.0)
+        due = min(stream.last + stream.least for stream in streams)
+        return Lull(max(0.0, due - now), min(stream.least for stream in streams))
+
+    def disturbed(self) -> None:
+        """The device has done something else."""
+        for session, stream in self._streams.items():
+            self._streams[session] = stream._replace(clean=False)
 
     def _rhythm(self, step: Waiting, now: float) -> _Rhythm:
         known = self._streams.get(step.session)
         if known is None:
-            return _Rhythm(step.priority, now, 0.0)
+            return _Rhythm(step.priority, now, 0.0, 0.0, 0)
+        gap, least = now - known.last, known.least
+        if known.clean:  # else what was in its way may have made it longer
+            least = _FORGET * least or gap
         # A stream that prefill slows down does not look dead for that.
-        return _Rhythm(step.priority, now, max(now - known.last, 0.8 * known.gap))
+        return _Rhythm(
+            step.priority, now, max(gap, 0.8 * known.gap), min(gap, least), known.seen + 1
+        )
 
     def _rests(self, minus: int, prefill: int, now: float) -> bool:
         """Whether a lane holds bulk work that streams which decode had better not wait for now."""
@@ -159,11 +185,15 @@ class Scheduler:
 
 
 class _Rhythm(NamedTuple):
-    """When a stream had its last step, and seconds between two of them (0: not known yet)."""
+    """When a stream had its last step, and seconds between two of them (0: not known yet): these
+    days, and when nothing was in its way."""
 
     priority: int
     last: float
     gap: float
+    least: float
+    seen: int  # gaps
+    clean: bool = True  # nothing was since `last`
 
 
 class _Lane:

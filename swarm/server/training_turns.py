@@ -9,9 +9,15 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from swarm.server.scheduler import PATIENCE
+from swarm.server.scheduler import PATIENCE, Lull
 
 _REST = 1.0  # times as long as a unit took, for which training rests while streams decode
+_DELAY = 0.5  # of the gap between a stream's steps, by which a unit may make one of them late
+# Passes after which a unit runs that makes a step later than that: so few that even with four
+# servers in a row it is less than one step in a hundred.
+_RARELY = 400
+_FADE = 0.7  # of the longest unit, for each shorter one since
+_LOOK = 0.001  # seconds, at least, between two looks whether a unit fits
 
 
 @dataclass(slots=True)
@@ -34,6 +40,8 @@ class Turns:
         self._had: dict[str, float] = {}  # seconds of the device, of clients that have jobs
         self._rested = 0.0
         self._waited = 0
+        self._narrow = False  # the slice that runs is one for when others decode
+        self._units = {False: 0.0, True: 0.0}  # seconds that one may take, of such slices or not
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -51,14 +59,28 @@ class Turns:
             if all(other.client != job.client for other in self._jobs):
                 del self._had[job.client]
 
-    def wait(self, now: float, *, busy: bool, streaming: bool) -> float | None:
-        """Seconds until a unit may run; None: nothing is to do, or others go first.
+    def wait(self, now: float, *, busy: bool, lull: Lull | None) -> float | None:
+        """Seconds until it is to be asked again, 0: a unit may run; None: nothing is to do, or
+        others go first.
 
-        `busy`: steps of sessions wait for the device. `streaming`: some decode these days.
+        `busy`: steps of sessions wait for the device. `lull`: of those that decode these days.
         """
-        if not self._jobs or (busy and self._waited < PATIENCE):
+        if not self._jobs:
             return None
-        return max(0.0, self._rested - now) if streaming else 0.0
+        if self._running is None:
+            self._narrow = lull is not None
+        unit = self._units[self._narrow]
+        left, gap = lull or (0.0, 0.0)
+        bearable = lull is None or 0 < gap >= unit - left
+        if self._waited >= (PATIENCE if bearable else _RARELY):
+            return 0.0
+        if busy:
+            return None
+        if lull is None:
+            return 0.0
+        if 0 < gap * _DELAY >= unit - left:
+            return max(0.0, self._rested - now)
+        return max(self._rested - now, gap / 2, _LOOK)
 
     def passed_over(self) -> None:
         """A pass of the device went to others while jobs were waiting."""
@@ -75,6 +97,7 @@ class Turns:
         job.seconds += end - begin
         self._had[job.client] += end - begin
         self._rested = end + _REST * (end - begin)
+        self._units[self._narrow] = max(end - begin, _FADE * self._units[self._narrow])
         self._waited = 0
         if paused:
             self._running = None
