@@ -12,8 +12,9 @@ from swarm.errors import UsageError
 
 
 class AverageWithOthers(TrainerCallback):
-    """Has the Trainer average every `steps` optimizer steps (None: after every epoch), and at the
-    end. `samples` stand behind our parameters; None: as many as the data set has.
+    """Has the Trainer average every `steps` optimizer steps (None: after every epoch), at the end,
+    and at the beginning: then everybody weighs as much as one sample, so that who comes late takes
+    over what the others have. `samples` stand behind our parameters; None: those of the data set.
 
     Rounds that fail do not stop the training: all are in `rounds`. Optimizers keep their moments.
     """
@@ -26,6 +27,12 @@ class AverageWithOthers(TrainerCallback):
         self.rounds: list[Round] = []
         self._averager, self._steps, self._samples = averager, steps, samples
         self._averaged_at = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._averaged_at = state.global_step
+        self.rounds.append(self._averager.average(1))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -294,6 +294,7 @@ class _Noticeboard:
     def __init__(self, node: DhtNode, meeting: Meeting, peer_id: PeerID) -> None:
         self.peer_id = peer_id
         self._node, self._meeting = node, meeting
+        self._looked = False
 
     async def store(self, *, value: bool, expiration_time: float, **_: object) -> bool:
         until = expiration_time + self._node.clock_offset
@@ -307,7 +308,9 @@ class _Noticeboard:
             return False
 
     async def get(self, key: str, **_: object) -> Any:
-        await asyncio.sleep(_POLL_SECONDS)
+        if self._looked:  # hivemind would ask again and again
+            await asyncio.sleep(_POLL_SECONDS)
+        self._looked = True
         try:
             found = await self._node.get_many([self._meeting.key])
         except PeerUnavailable as error:
