@@ -7,7 +7,7 @@ layer is read or written between two passes, so that others' steps do not wait f
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 
 from swarm.errors import (
@@ -23,7 +23,7 @@ from swarm.loop import heed_cancelling
 from swarm.messages import HandedOver, Heritage, Inherit, Message, PushTarget, Refused
 from swarm.models.moving import Arrival, Part, can_move, kinds_of, read_layer, slides
 from swarm.models.spans import SpanCache
-from swarm.models.storage import KvStore
+from swarm.models.storage import Kind, KvStore
 from swarm.server.executor import Executor
 from swarm.tensors import from_frame, to_frame
 from swarm.transport import Stream
@@ -103,13 +103,12 @@ async def give(
     padding = None if cache.padding is None else to_frame(cache.padding[:, : positions.stop])
     try:
         await send(Inherit(start=positions.start, length=positions.stop, padding=padding))
-        for layer, kind in kinds_of(cache, store):
-            read = partial(read_layer, cache, store, layer, kind, positions, _PART_BYTES)
+        for layers in _groups(cache, store, positions):
             async with asyncio.timeout(timeout):
-                parts = await executor.call(read)
+                parts = await executor.call(partial(_read, cache, store, layers, positions))
             for part in parts:
                 keys, values = to_frame(part.keys), to_frame(part.values)
-                await send(Heritage(layer=layer, start=part.start, keys=keys, values=values))
+                await send(Heritage(layer=part.layer, start=part.start, keys=keys, values=values))
         async with asyncio.timeout(timeout):
             frame = await stream.receive()
     except TimeoutError:
@@ -119,6 +118,25 @@ async def give(
         raise PeerUnavailable(f"refused: {answer.message}")
     if not isinstance(answer, Inherit) or answer.length != positions.stop:
         raise PeerUnavailable("the other server did not say that it has all")
+
+
+def _groups(
+    cache: SpanCache, store: KvStore, positions: range
+) -> Iterable[Sequence[tuple[int, Kind]]]:
+    """Layers that are read between the same two passes: all of them, if the positions are few."""
+    layers = kinds_of(cache, store)
+    few = cache.batch_size * len(positions) * store.token_bytes <= _PART_BYTES
+    return [layers] if few else ([layer] for layer in layers)
+
+
+def _read(
+    cache: SpanCache, store: KvStore, layers: Sequence[tuple[int, Kind]], positions: range
+) -> list[Part]:
+    return [
+        part
+        for layer, kind in layers
+        for part in read_layer(cache, store, layer, kind, positions, _PART_BYTES)
+    ]
 
 
 class Estate:
@@ -141,6 +159,8 @@ class Estate:
         self._revoked = False
         self._padding = None if inherit.padding is None else from_frame(inherit.padding)
         self._arrival = Arrival(cache, store, inherit.start, inherit.length)
+        self._ends = dict.fromkeys((layer for layer, _ in kinds_of(cache, store)), 0)
+        self._parts: list[Part] = []  # that are put down together, between the same two passes
         self._executor = executor
 
     def revoke(self) -> None:
@@ -153,11 +173,19 @@ class Estate:
         if any(frame.codec != "none" for frame in frames):
             raise RemoteProtocolError(ErrorCode.BAD_TENSOR, "keys and values travel as they are")
         keys, values = map(from_frame, frames)
+        self._parts.append(Part(part.layer, part.start, keys, values))
+        if part.layer in self._ends and keys.ndim == 4:
+            self._ends[part.layer] = part.start + keys.shape[2]
+        few = len(self._parts) < len(self._ends) and _bytes(self._parts) < _PART_BYTES
+        if few and any(end < self.length for end in self._ends.values()):
+            return False
+        parts, self._parts = self._parts, []
 
         def job() -> bool:
             if self._revoked:
                 raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "heritage of an older inherit")
-            self._arrival.add(Part(part.layer, part.start, keys, values))
+            for part in parts:
+                self._arrival.add(part)
             if self._arrival.is_complete:
                 self._arrival.finish(self._padding)
             return self._arrival.is_complete
@@ -169,3 +197,7 @@ class Estate:
             raise RemoteProtocolError(ErrorCode.BUSY, str(error), retry_after=1.0) from None
         except CannotRewind as error:
             raise RemoteProtocolError(ErrorCode.CANNOT_REWIND, str(error)) from None
+
+
+def _bytes(parts: Sequence[Part]) -> int:
+    return sum(part.keys.nbytes + part.values.nbytes for part in parts)
