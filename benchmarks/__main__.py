@@ -64,6 +64,8 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "first_light": first_light.measure,
     "failover": failover.measure,
     "finetune": finetune.measure,
+    "beside": finetune.beside_trainer,
+    "deaths": finetune.deaths,
     "monitor": monitor.measure,
     "api": api.measure,
 }

@@ -35,7 +35,7 @@ def measure(lab: Lab, swarm: LocalSwarm) -> None:
         else:
             lab.progress(f"{len(written)}/{texts} texts")
 
-    disturbance, over = _Churn(swarm, random.Random(lab.seed)), threading.Event()
+    disturbance, over = Churn(swarm, random.Random(lab.seed)), threading.Event()
     begin = time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE + 1) as pool:
         disturbing = pool.submit(disturbance.run, over)
@@ -52,7 +52,7 @@ def measure(lab: Lab, swarm: LocalSwarm) -> None:
     lab.note("… seconds from one to the next", "s", [seconds / max(1, disturbance.killed)])
 
 
-class _Churn:
+class Churn:
     """Kills one of two servers with the same blocks, and starts another one, while others start."""
 
     def __init__(self, swarm: LocalSwarm, dice: random.Random) -> None:
