@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 WIDTHS = {390: 844, 1440: 900}  # of screenshots, and their heights, in CSS pixels
 Scheme = Literal["light", "dark"]
@@ -30,6 +30,7 @@ _ARGUMENTS = (
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # what it asks for, it never gets
 )
+expect.set_options(timeout=60_000)  # in milliseconds, as all of Playwright's
 _SERIOUS = ("serious", "critical")
 
 
@@ -90,7 +91,7 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
         context.on("request", ask)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("console", said)
         page.on("pageerror", lambda error: wrong.append(f"raises {error}"))
         page.goto(url)

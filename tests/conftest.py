@@ -55,6 +55,27 @@ def stay_at_home(event: str, args: tuple[object, ...]) -> None:
 sys.addaudithook(stay_at_home)
 
 
+# Those that take longest, which go first, so that no worker has to wait for another's in the end.
+LONGEST = (
+    *("end_to_end", "beginnings", "outages", "local", "monitor.page", "split", "leaving"),
+    *("server.moving", "client.families", "cli", "api.page", "client.training_deaths"),
+    *("server.node", "client.mixture", "dht.node", "client.training_lora", "client.federated"),
+    *("examples", "client.streams", "models.selftest", "client.keep", "client.moving"),
+    *("api.process", "simulation.simulation", "client.survival_of_all", "readme", "dht.hivemind"),
+)
+
+
+def rank(item: pytest.Item) -> int:
+    file = item.path.relative_to(Path(__file__).parent).with_suffix("")
+    name = ".".join(file.parts).replace("test_", "")
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if all(item.path.is_relative_to(Path(__file__).parent) for item in items):
+        items.sort(key=rank)
+
+
 def pytest_unconfigure() -> None:
     if "tests.nursery" in sys.modules:
         sys.modules["tests.nursery"].NURSERY.close()
@@ -98,7 +119,7 @@ def our_ports() -> list[int]:
 def nothing_left_behind() -> Iterator[None]:
     """Processes, ports and folders live no longer than the file of tests that made them."""
     yield
-    _, alive = psutil.wait_procs(our_processes(), timeout=5)
+    _, alive = psutil.wait_procs(our_processes(), timeout=20)
     left = [f"process {' '.join(process.cmdline()[:4])}" for process in alive]
     for process in alive:
         process.kill()

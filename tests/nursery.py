@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -27,7 +28,17 @@ from swarm.local import LocalSwarm, _Child
 ROOT = Path(__file__).parent.parent
 _CHILD_SUBREAPER = 36  # of prctl(2): orphans below us become our children
 _NEW_NET = 0x40000000  # of setns(2)
-_READ_ONCE = ("HF_", "TRANSFORMERS_", "OMP_", "TORCH_")  # variables that the imports have read
+SLOW = (
+    *("cryptography.x509", "grpc.aio", "numpy", "pydantic", "torch"),
+    *("transformers.conversion_mapping", "transformers.integrations.flash_attention"),
+    *("transformers.modeling_utils", "transformers.models.llama.modeling_llama"),
+)
+_READ_ONCE = ("HF_", "TRANSFORMERS_", "OMP_", "TORCH_")
+
+
+def read_once(env: Mapping[str, str]) -> Mapping[str, str]:
+    """The variables that are read when torch and transformers are imported."""
+    return {name: value for name, value in env.items() if name.startswith(_READ_ONCE)}
 
 
 class Nursery:
@@ -41,12 +52,13 @@ class Nursery:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
-    def bear(self, request: Mapping[str, object], files: Sequence[int]) -> int:
+    def bear(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
         """The process id of a new child of ours."""
         libc = ctypes.CDLL(None, use_errno=True)
         with self._lock:
             if self._process is None:
                 self._start()
+            assert read_once(request["env"]) == self._known, "too late for such an environment"
             # It is born a grandchild of the nursery whose parent ends at once, and so comes to us.
             assert libc.prctl(_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
             try:
@@ -62,6 +74,7 @@ class Nursery:
             self._process = None
 
     def _start(self) -> None:
+        self._known = read_once(os.environ)
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         with theirs:
@@ -91,8 +104,6 @@ class Program(subprocess.Popen[str]):
 
     def _execute_child(self, args: list[str], *rest: Any) -> None:  # type: ignore[override]
         env: Mapping[str, str] = dict(os.environ if rest[5] is None else rest[5])
-        changed = {name for name, value in env.items() if os.environ.get(name) != value}
-        assert not any(name.startswith(_READ_ONCE) for name in changed), f"too late for {changed}"
         read, write, error = rest[9], rest[12], rest[14]
         request = {
             "argv": args,
@@ -129,10 +140,8 @@ def _import_what_is_slow() -> None:
     from swarm.cli.common import quick_imports
 
     with quick_imports():
-        import transformers.conversion_mapping
-        import transformers.integrations.flash_attention
-        import transformers.modeling_utils
-        import transformers.models.llama.modeling_llama  # noqa: F401
+        for name in SLOW:
+            import_module(name)
     for name in list(sys.modules):
         if name.partition(".")[0] == "swarm":  # as a program's first act may be to change it
             del sys.modules[name]

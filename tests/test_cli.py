@@ -201,7 +201,7 @@ def test_a_bootstrap_node_has_a_lasting_identity_and_leaves_politely(tmp_path: P
     assert line.startswith("ready peers=/ip4/127.0.0.1/tcp/")
     assert line.endswith(f"/p2p/{Identity.load_or_create(path).peer_id}")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
 
 
@@ -227,10 +227,10 @@ def test_the_demo_survives_is_exact_and_stays_if_asked() -> None:
             lines.append(process.stdout.readline().rstrip("\n"))
             assert lines[-1], process.communicate()
         link = next(line.split()[-1] for line in lines if line.startswith("watch it at "))
-        with urlopen(f"{link}/healthz", timeout=20) as answer:  # noqa: S310  # it is http
+        with urlopen(f"{link}/healthz", timeout=60) as answer:  # noqa: S310  # it is http
             assert answer.status == 200
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=30)
+        rest, errors = process.communicate(timeout=60)
     assert (process.returncode, rest, errors) == (0, "", "")
     *lines, keeps, peers, _, _ = lines
     assert keeps.startswith("the swarm stays up until Ctrl-C")
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_demo_quietly() -> None:
         assert process.stdout is not None
         assert any(line.startswith("route: ") for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "")
 
 

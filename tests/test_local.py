@@ -183,7 +183,7 @@ def test_ctrl_c_at_the_prompt_of_a_chat_leaves_politely(swarm: LocalSwarm) -> No
             assert process.stdout.readline() == "swarm-demo: say something (Ctrl-D ends)\n"
             assert process.stdout.read(2) == "> "
             process.send_signal(signal.SIGINT)
-            rest, errors = process.communicate(timeout=30)
+            rest, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert (process.returncode, rest, errors) == (0, "\n", "")
@@ -201,7 +201,7 @@ def test_servers_come_freeze_and_go(swarm: LocalSwarm) -> None:
     assert daemons  # libp2p's, and who watches over it
     assert swarm.stop(index) == 0
     assert not server.alive
-    assert psutil.wait_procs(daemons, timeout=5)[1] == []
+    assert psutil.wait_procs(daemons, timeout=30)[1] == []
 
 
 def test_what_a_server_complains_about_is_shown() -> None:
@@ -232,7 +232,7 @@ def test_nothing_outlives_an_owner_that_is_killed() -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    assert psutil.wait_procs(family + guardians, timeout=10)[1] == []
+    assert psutil.wait_procs(family + guardians, timeout=30)[1] == []
     assert not folder.exists()
 
 

@@ -155,7 +155,7 @@ def test_stop_again_and_edit(fake: tuple[Script, str], script: Script, visit: Vi
     ask(page, "Once")
     expect(page.locator(".said.assistant .body")).to_have_text("of the")
     page.keyboard.press("Escape")
-    assert script.streams[0].cancelled.wait(10)
+    assert script.streams[0].cancelled.wait(60)
     expect(answered(page)).to_have_text("of the")
     expect(page.locator(".figures")).to_contain_text("you stopped it")
     script.allowed = 99

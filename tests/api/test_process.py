@@ -74,7 +74,7 @@ def test_a_server_is_killed_while_it_streams_and_the_words_are_the_same() -> Non
         assert text == expected
         assert killed
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=15)
+        out, err = process.communicate(timeout=60)
         assert (process.returncode, out) == (0, "")
         assert "Traceback" not in err
 

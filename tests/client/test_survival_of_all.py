@@ -241,7 +241,7 @@ def test_without_a_replacement_the_missing_blocks_are_named_in_time() -> None:
         begin = time.monotonic()
         with pytest.raises(NoRoute, match="2:4"):
             twin.session.step(torch.randn(1, 1, house.whole.hidden_size))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < STEADY.recovery / 2
         house.swarm.revive(dead)  # and the session is none the worse
         twin.step()
 
@@ -258,7 +258,7 @@ def test_it_goes_on_by_itself_when_a_server_comes_back() -> None:
 
         returning = asyncio.run_coroutine_threadsafe(comes_back(), house.swarm.loop._loop)
         twin.step()
-        returning.result(1)
+        returning.result(30)
         twin.step()
 
 
@@ -274,7 +274,7 @@ def test_a_frozen_server_is_found_by_what_steps_usually_take(hop: int) -> None:
         house.swarm.on_loop(house.swarm.network.freeze, frozen.endpoint)
         begin = time.monotonic()
         twin.step()
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < 15
         assert twin.session.recoveries == 1
         assert twin.serving(hop) is not frozen
         house.swarm.on_loop(house.swarm.network.thaw, frozen.endpoint)

@@ -276,7 +276,7 @@ def test_no_daemon_outlives_a_parent_that_is_killed(swarm: Swarm) -> None:
         port = int(address.split("/")[4])
         socket.create_connection(("127.0.0.1", port), 5).close()
         parent.kill()
-        _, errors = parent.communicate(timeout=10)
+        _, errors = parent.communicate(timeout=60)
     wait_until(lambda: not Path(control).exists())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 5)

@@ -146,7 +146,7 @@ def test_a_session_that_is_never_used_is_closed() -> None:
 
 
 def test_a_session_that_is_only_pushed_to_is_used() -> None:
-    with alone(idle_timeout=1.0) as town:
+    with alone(idle_timeout=1.5) as town:
 
         async def go() -> None:
             talk = await town.stranger.open(town.server)
