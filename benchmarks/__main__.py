@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # servers inherit it; must be set before torch is imported
 
 from benchmarks import (
+    adapters,
     api,
     batch,
     bf16,
@@ -64,6 +65,7 @@ SUITES: dict[str, Callable[[Lab], None]] = {
     "first_light": first_light.measure,
     "failover": failover.measure,
     "finetune": finetune.measure,
+    "adapters": adapters.measure,
     "beside": finetune.beside_trainer,
     "deaths": finetune.deaths,
     "monitor": monitor.measure,

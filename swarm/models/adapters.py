@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 DOWN, UP = ".lora_A", ".lora_B"
-_MIXTURES = 256  # of factors of several adapters, kept for the next pass
+_MIXED_BYTES = 1 << 27  # of factors of several adapters side by side, kept for the next pass
 
 Factors = tuple[Tensor, Tensor]
 """`[rank, in]` and `[out, rank]`, whatever they are to be scaled by included."""
@@ -63,6 +63,8 @@ def linear_sizes(block: nn.Module) -> dict[str, tuple[int, int]]:
         found: Any = module
         if "experts" in path.split("."):  # only some tokens come there
             continue
+        if path.rpartition(".")[0] in sizes:  # how it is computed (packing.py)
+            continue
         if isinstance(getattr(found, "in_features", None), int):
             sizes[path] = found.in_features, found.out_features
         elif type(found).__name__ == "Conv1D":  # as GPT-2 has it
@@ -81,6 +83,7 @@ class Patches:
     def __init__(self, blocks: Mapping[int, nn.Module]) -> None:
         self._blocks = blocks
         self._sizes: dict[int, dict[str, tuple[int, int]]] = {}
+        self.mixed_bytes = 0
         self._mixtures: OrderedDict[tuple[Any, ...], tuple[list[Factors], Factors]] = OrderedDict()
 
     def sizes(self, block: int) -> Mapping[str, tuple[int, int]]:
@@ -135,14 +138,17 @@ class Patches:
             down = torch.cat([down for down, _ in factors])
             up = torch.cat([up for _, up in factors], dim=1)
             self._mixtures[key] = factors, (down, up)  # who is kept alive keeps its id
-            if len(self._mixtures) > _MIXTURES:
-                self._mixtures.popitem(last=False)
+            self.mixed_bytes += down.nbytes + up.nbytes
+            while self.mixed_bytes > _MIXED_BYTES and len(self._mixtures) > 1:
+                _, (_, gone) = self._mixtures.popitem(last=False)
+                self.mixed_bytes -= sum(part.nbytes for part in gone)
         self._mixtures.move_to_end(key)
         return self._mixtures[key][1]
 
     def forget(self) -> None:
         """Let go of mixtures: an adapter in them is to be freed."""
         self._mixtures.clear()
+        self.mixed_bytes = 0
 
 
 def _by_layer(
