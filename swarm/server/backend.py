@@ -107,8 +107,12 @@ class Backend:
         steps = [step for step, _ in ready]
         lengths = [step.cache.length for step in steps]
         try:
-            outputs = zip(self.span.run(steps), ready, strict=True)
-            return [output[:, wanted].to("cpu") for output, (_, wanted) in outputs]
+            if self.span.device.type != "cpu":
+                there = moved([step.hidden for step in steps], self.span.device)
+                steps = [replace(step, hidden=it) for step, it in zip(steps, there, strict=True)]
+            outputs = self.span.run(steps)
+            wanted = [output[:, part] for output, (_, part) in zip(outputs, ready, strict=True)]
+            return [*moved(wanted, torch.device("cpu"))]
         # Whatever torch throws here is our defect or lack of memory: it must cost only the
         # session that causes it, so each step is tried again alone.
         except Exception as error:
@@ -135,22 +139,34 @@ class Backend:
         work.reorder = None
 
     def _step(self, work: Work, piece: Slice) -> SpanStep:
-        """Positions with planes (mRoPE) travel as [B, T, 3 | 4], so that all inputs slice alike."""
-        device = self.span.device
-        inputs = {
-            name: value[:, piece.begin : piece.end].to(device)
-            for name, value in work.inputs.items()
-        }
+        """Still on the CPU, where it is looked at, but for what the model alone is interested in.
+        Positions with planes (mRoPE) travel as [B, T, 3 | 4], so that all inputs slice alike."""
+        inputs = {name: value[:, piece.begin : piece.end] for name, value in work.inputs.items()}
+        padding = inputs.pop("padding", None)
+        inputs = {name: value.to(self.span.device) for name, value in inputs.items()}
         positions = inputs.pop("position_ids", None)
         if positions is not None and positions.ndim == 3:
             positions = positions.permute(2, 0, 1)
         return SpanStep(
             cache=work.cache,
-            hidden=work.hidden[:, piece.begin : piece.end].to(device),
+            hidden=work.hidden[:, piece.begin : piece.end],
             position_ids=positions,
-            padding=inputs.pop("padding", None),
+            padding=padding,
             extras=inputs,
         )
+
+
+def moved(tensors: Sequence[torch.Tensor], device: torch.device) -> Sequence[torch.Tensor]:
+    """`[…, H]` tensors on that device, by one transfer for them all: each one waits."""
+    if all(tensor.device == device for tensor in tensors):
+        return tensors
+    packed = torch.cat([tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    parts = packed.to(device, non_blocking=device.type == "cuda").split(
+        [tensor[..., 0].numel() for tensor in tensors]
+    )
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _all_rows_alike(step: SpanStep) -> bool:
