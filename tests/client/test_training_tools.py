@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from swarm.client.training_prompts import SoftPrompts
 from tests.client.pairs import Pair, prompt
 from tests.client.test_training_lora import learning, lora, take_back
+from tests.inprocess import span_of
 from tests.models.tiny import LAYERS
 
 
@@ -80,18 +81,25 @@ def test_the_trainer_trains_adapters_and_resumes(tmp_path: Path) -> None:
         take_back(pair)
 
 
-def test_the_trainer_resumes_prompts(tmp_path: Path) -> None:
+def test_the_trainer_resumes_prompts_on_servers_that_were_all_started_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pair = Pair("llama", seed=31)
     with pair.swarm:
         pair.model.requires_grad_(False)
         embeddings = pair.local.get_input_embeddings().weight
         pair.blocks.prompts = prompts = SoftPrompts("deep_ptune", 2, LAYERS, embeddings)
-        trainer(pair.model, tmp_path).train()
+        trainer(pair.model, tmp_path, disable_tqdm=False).train()
+        assert "6/6" in capsys.readouterr().err  # the progress bar
         assert prompts.deep is not None
         after = prompts.deep.detach().clone()
         assert after.abs().max() > 0
         with torch.no_grad():
             prompts.deep.zero_()
+        for server in list(pair.swarm.servers):
+            pair.swarm.cut(server)
+        for cut in pair.cuts:
+            pair.swarm.add(span_of(pair.local, *cut))
         trainer(pair.model, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         torch.testing.assert_close(prompts.deep.detach(), after, atol=1e-4, rtol=0)
 
