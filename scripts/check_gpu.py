@@ -4,8 +4,14 @@
     python scripts/check_gpu.py             # some minutes; without torch.compile: --quick
 
 It needs torch, transformers, pydantic and this repository; no network, no model, none of our other
-dependencies. The project's device tool has all but pydantic (its README tells how wheels are
-downloaded: pydantic, pydantic-core as that wants it, annotated-types, typing-inspection), hence
+dependencies. Where the project's device tool is lent, here in the repository's root, once:
+
+    echo /.whl/ >> .git/info/exclude
+    python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 \\
+      --implementation cp --platform manylinux2014_x86_64 -d .whl $(grep -E requirements.lock \\
+      -e "^(transformers|pydantic(_core)?|annotated-types|typing-inspection)==")
+
+and, with `.whl` in `carry` and a timeout of 600 s, there:
 
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \\
       --target /tmp/site .whl/*.whl && PYTHONPATH=/tmp/site python3 scripts/check_gpu.py
