@@ -2,14 +2,17 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.client.peers import PeerBook
+from swarm.client.pricing import Offer, Prices
 from swarm.client.routing import Chart, find_route
 from swarm.dht.records import SignedRecord, peer_tag
-from tests.client.market import book, request, route, server
+from tests.client.market import MODEL, NUMERICS, book, request, route, server
 
 
 def test_lan_neighbours_that_are_far_from_the_client_are_better_than_two_that_are_near_it() -> None:
@@ -102,6 +105,95 @@ def test_coordinates_tell_what_was_never_measured_and_no_more_than_measurements_
     assert route(servers, request("0:16"), peers) == [("near", "0:8"), ("second", "8:16")]
     peers.measured("near", 0.5)  # it lied
     assert route(servers, request("0:16"), peers) == [("far", "0:8"), ("second", "8:16")]
+
+
+def offers(
+    servers: Sequence[SignedRecord],
+    peers: PeerBook,
+    tiebreak: float | None = None,
+    **changes: Any,
+) -> dict[str, Offer]:
+    """What each would take, by the name it has."""
+    holders = Chart(servers).holders(MODEL, NUMERICS)
+    prices = Prices(holders, request("0:8", **changes), peers, 0.0, tiebreak)
+    return {name: prices.offer(place) for place, name in enumerate(holders.ids)}
+
+
+def test_a_stranger_in_a_data_centre_counts_as_near_as_its_farthest_server() -> None:
+    servers = [server(name, "0:8") for name in ("a", "b", "c", "new")]
+    assert offers(servers, book(a=0.001, b=0.002))["new"].rtt == 0.1  # two are no rule
+    assert offers(servers, book(a=0.001, b=0.002, c=0.003))["new"].rtt == 0.003
+
+
+def test_what_coordinates_tell_counts_for_a_tenth_more() -> None:
+    peers = book()
+    peers.coordinates = (0.0, 0.0, 0.0, 0.01)
+    told = offers([server("a", "0:8", coordinates=(300, 400, 0, 100))], peers)["a"]
+    assert told.rtt == pytest.approx(1.1 * 0.07)
+    assert not told.rtt_known
+
+
+def test_who_does_not_say_how_fast_it_is_counts_as_the_median_and_ten_milliseconds_at_least() -> (
+    None
+):
+    silent = server("silent", "0:8", throughput=0.0)
+    quick, slow = (
+        [server(f"{name}{i}", "0:8", throughput=speed) for i in range(3)]
+        for name, speed in (("quick", 125.0), ("slow", 2.5))
+    )
+    assert offers([silent, *quick], book())["silent"].block_seconds == 0.01
+    assert offers([silent, *slow], book())["silent"].block_seconds == pytest.approx(0.05)
+
+
+def test_waiting_is_counted_once_as_what_was_measured_has_it_in_it() -> None:
+    full, peers = server("full", "0:8", queue=5), book()
+    waits = offers([full], peers)["full"]
+    assert waits.wait == pytest.approx(0.5 * 8 * waits.block_seconds)
+    peers.worked("full", 1, 0.4, 8)
+    seen = offers([full], peers)["full"]
+    assert (seen.block_seconds, seen.wait) == (0.05, 0.0)
+
+
+def test_bytes_cost_80_megabit_and_lines_that_say_nothing_are_as_others() -> None:
+    servers = [server("a", "0:8", uplink=1000), server("b", "0:8", uplink=3000)]
+    servers.append(server("silent", "0:8"))
+    rtts = book(a=0.01, b=0.01, silent=0.01)
+    free, paid = (
+        offers(servers, rtts, prompt_tokens=100, new_tokens=9, position_bytes=size)
+        for size in (0, 1024)
+    )
+    assert [paid[name].fixed - free[name].fixed for name in paid] == pytest.approx(
+        [100 * 1024 * 1e-7 + 10 / kibibytes for kibibytes in (1000, 3000, 2000)]
+    )
+
+
+def test_one_client_in_four_believes_a_claim_and_no_more_than_four_times_the_usual() -> None:
+    servers = [server(f"honest{i}", "0:8", throughput=125.0, batch_throughput=1e3) for i in "abc"]
+    servers.append(server("liar", "0:8", throughput=5e7, batch_throughput=1e9))
+    lots = random.Random(3)
+    claims = [offers(servers, book(), lots.random(), rows=16)["liar"] for _ in range(400)]
+    usual = offers(servers, book(), rows=16)["honesta"].block_seconds
+    times = [usual / claim.block_seconds for claim in claims]
+    assert {claim.source for claim in claims} == {"doubted"}
+    believers = sum(each > 1.01 for each in times) / len(times)
+    assert 0.18 < believers < 0.32
+    assert min(times) == pytest.approx(1.0)
+    assert max(times) < 16  # of the time alone, and of what a row adds to it
+
+
+def test_the_hops_that_a_stranger_would_spare_by_holding_more_are_charged_until_it_was_seen() -> (
+    None
+):
+    servers = [server(f"usual{i}", "0:8", throughput=10.0) for i in "abc"]
+    servers.append(server("large", "0:16", throughput=5.0))
+    peers = book(usuala=0.05, usualb=0.05, usualc=0.05, large=0.05)
+    found = offers(servers, peers, new_tokens=99)
+    spared = 100 * 0.05 * (1 / 8 - 1 / 16)
+    assert found["large"].per_block - found["usuala"].per_block == pytest.approx(spared)
+    for name in ("large", "usuala"):
+        peers.worked(name, 1, 0.1, 8)
+    found = offers(servers, peers, new_tokens=99)
+    assert found["large"].per_block == pytest.approx(found["usuala"].per_block)
 
 
 def test_who_has_more_room_is_chosen_more_often_among_equals() -> None:
