@@ -2,9 +2,9 @@
 
 The task is that of finetune.py, with shorter passages: Jane Austen or the Bible. Each of four
 clients has a quarter of the passages, trains eight soft prompts and a head on them with
-transformers' Trainer, and every few steps takes over the mean of all four. Then one client with
-all passages takes as many steps, each on as many passages as the four have in theirs together, and
-both are asked about passages that nobody has learnt from.
+transformers' Trainer, and every few steps takes over the mean of all four. Then one client
+that has all passages follows the same recipe, with as many steps of as many passages each, and both
+are asked about passages that nobody has learnt from.
 
 `python examples/federated.py` does all of it on this machine: three servers, and a process for each
 client, which is what each person would run with `--peers` of a swarm and a `--client` of their own.
@@ -60,8 +60,8 @@ def learn(given: argparse.Namespace, folder: str) -> float:
     ours = everything if given.alone else share(everything, given.client)
     arguments = TrainingArguments(
         output_dir=folder,
-        num_train_epochs=given.epochs,
-        per_device_train_batch_size=8 * CLIENTS if given.alone else 8,
+        per_device_train_batch_size=8,
+        max_steps=given.steps,
         per_device_eval_batch_size=64,
         learning_rate=1e-2,
         save_strategy="no",
@@ -107,7 +107,7 @@ def compare(given: argparse.Namespace) -> None:
     losses: dict[str, float] = {}
     with LocalSwarm(spans=["0:8", "8:16", "16:24"]) as swarm:
         for name, alone in (("four clients with a quarter each", False), ("one with all", True)):
-            options = ["--epochs", str(given.epochs), "--every", str(given.every)]
+            options = ["--steps", str(given.steps), "--every", str(given.every)]
             options += ["--peers", *swarm.peers, *(["--alone"] if alone else [])]
             running = [
                 subprocess.Popen(
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", help="of a swarm that serves swarm-demo")
     parser.add_argument("--client", type=int, default=0, help="which quarter is ours: 0 to 3")
     parser.add_argument("--alone", action="store_true", help="all passages are ours")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--every", type=int, default=4, help="steps from one mean to the next")
     given = parser.parse_args()
     if not given.peers:

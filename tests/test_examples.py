@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,20 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert names["trainer"].state.global_step == 2
     assert names["after"]["eval_loss"] != names["before"]["eval_loss"]
     assert (tmp_path / "finetuned" / "model.safetensors").stat().st_size < 20_000
+
+
+def test_the_clients_of_the_example_share_no_passages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example: Any = import_module("federated")
+
+    def texts(items: list[dict[str, Any]]) -> list[tuple[int, ...]]:
+        return [tuple(item["input_ids"].tolist()) for item in items]
+
+    everything = example.passages(example.PASSAGES)
+    quarters = [texts(example.share(everything, client)) for client in range(example.CLIENTS)]
+    assert sorted(text for quarter in quarters for text in quarter) == sorted(texts(everything))
+    assert {len(quarter) for quarter in quarters} == {example.PASSAGES // example.CLIENTS}
+    places = [set(quarter) for quarter in quarters]
+    held_out = set(texts(example.passages(example.HELD_OUT, skip=example.PASSAGES)))
+    for index, place in enumerate([*places, held_out]):
+        assert not place.intersection(*[set().union(*places[:index])])

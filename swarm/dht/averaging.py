@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, AsyncIterator, cast  # noqa: UP035  # hivemind reads them
 
 from hivemind.averaging.allreduce import AllreduceException
@@ -28,6 +29,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from torch import Tensor
 
 from swarm.dht.allreduce import Runner
+from swarm.dht.daemon import inbox_of
 from swarm.dht.meeting import Meeting, Member
 from swarm.dht.node import DhtNode
 from swarm.errors import InvalidRecord, PeerUnavailable, ProtocolError
@@ -50,6 +52,7 @@ _MAX_STREAMS_EACH = 4  # ...and from one
 _MAX_GATHERED = 2048  # bytes that somebody tells of themselves
 _CONNECT_SECONDS = 3.0  # until somebody answers to an opened stream, or to a request to join
 _POLL_SECONDS = 0.3  # between looks for others into the DHT
+_LINGER_SECONDS = 0.5  # until the daemon has sent what we answered
 _FAILURES = (P2PDaemonError, P2PHandlerError, AllreduceException, OSError, EOFError)
 
 PeerGone = asyncio.TimeoutError  # as which hivemind takes whoever cannot be asked
@@ -89,6 +92,7 @@ class Averager(ServicerBase):
         self._streams: Counter[PeerID] = Counter()
         self._quiet = asyncio.Event()  # nobody is being answered
         self._quiet.set()
+        self._answered = -math.inf  # the last of them, by the loop's clock
 
     async def open(self) -> None:
         """Be there for others. Raises PeerUnavailable."""
@@ -128,6 +132,8 @@ class Averager(ServicerBase):
         with suppress(TimeoutError):
             async with asyncio.timeout(self._rounds.silence):
                 await self._quiet.wait()
+                since = asyncio.get_running_loop().time() - self._answered
+                await asyncio.sleep(max(0.0, _LINGER_SECONDS - since))
         await self._node.close()
         if self._p2p is not None:
             await self._p2p.shutdown()
@@ -144,8 +150,8 @@ class Averager(ServicerBase):
                 await self._p2p.shutdown()
             self._p2p = p2p
             control = p2p._client.control
-            inbox = f"{p2p._daemon_listen_maddr}".removesuffix(".sock") + "-inbox.sock"
-            control.listen_maddr = p2p._client_listen_maddr = Multiaddr(inbox)  # swept with its own
+            inbox = inbox_of(Path(f"{p2p._daemon_listen_maddr}".removeprefix("/unix")))
+            control.listen_maddr = p2p._client_listen_maddr = Multiaddr(f"/unix{inbox}")
             p2p.call_binary_stream_handler = _bounded_calls(p2p.call_binary_stream_handler)
             if self._listens:
                 await self.add_p2p_handlers(p2p, namespace=self._name)
@@ -165,6 +171,7 @@ class Averager(ServicerBase):
                 await handler(info, _Bounded(reader), writer)
             finally:
                 streams[peer] -= 1
+                self._answered = asyncio.get_running_loop().time()
                 if not +streams:
                     streams.clear()
                     self._quiet.set()

@@ -139,6 +139,19 @@ def _sweep(folder: Path) -> None:
             stale = time.time() - path.stat().st_mtime > _STALE_SECONDS
             if stale and probe.connect_ex(str(path)) == errno.ECONNREFUSED:
                 path.unlink()
+    for path in folder.glob("swarm-inbox-*.sock"):
+        if not control_of(path).exists():  # whoever listens there takes callers for its daemon
+            path.unlink(missing_ok=True)
+
+
+def inbox_of(control: Path) -> Path:
+    """The socket on which a daemon's client listens for streams that others open."""
+    return control.with_name(control.name.replace("swarm-dht-", "swarm-inbox-", 1))
+
+
+def control_of(inbox: Path) -> Path:
+    """The inverse of `inbox_of`."""
+    return inbox.with_name(inbox.name.replace("swarm-inbox-", "swarm-dht-", 1))
 
 
 def _short_temporary_folder() -> Path:

@@ -14,6 +14,8 @@ from torch import nn
 from swarm.client import federated_privacy
 from swarm.client.federated_privacy import PrivateSteps, clipped, noise_for
 from swarm.errors import UsageError
+from tests.client.pairs import Pair, prompt
+from tests.client.test_training_lora import learning, lora, take_back
 
 
 def steps(module: nn.Module, **options: Any) -> PrivateSteps:
@@ -127,3 +129,28 @@ def test_without_opacus_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UsageError, match=r"swarm-blocks\[privacy\]"):
         steps(nn.Linear(2, 2))
+
+
+def test_steps_through_remote_blocks_are_those_of_one_machine() -> None:
+    """One request per example: the same draws and noise give the same adapter."""
+    pair = Pair("llama", seed=34)
+    ids = prompt(6, 9)
+    learnt: list[torch.Tensor] = []
+    with pair.swarm:
+        for model in (pair.local, pair.model):
+            model.requires_grad_(False)
+            model.add_adapter(lora(r=2, target_modules=["v_proj"]))
+            found = learning(model, seed=5)
+            optimizer = torch.optim.SGD([found[name] for name in sorted(found)], lr=0.1)
+            private = PrivateSteps(
+                optimizer, examples=6, batch=3, max_norm=0.1, noise=1.0, delta=1e-3, seed=2
+            )
+
+            def loss_of(number: int, model: Any = model) -> torch.Tensor:
+                return model(input_ids=ids[number, None], labels=ids[number, None]).loss
+
+            for _ in range(2):
+                private.step(loss_of)
+            learnt.append(torch.cat([found[name].detach().flatten() for name in sorted(found)]))
+        take_back(pair)
+    torch.testing.assert_close(learnt[1], learnt[0], rtol=1e-4, atol=1e-5)

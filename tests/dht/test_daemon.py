@@ -11,7 +11,8 @@ import psutil
 import pytest
 from hivemind import hivemind_cli
 
-from swarm.dht.daemon import Daemon, DaemonFailed
+from swarm.dht import daemon as daemon_module
+from swarm.dht.daemon import Daemon, DaemonFailed, inbox_of
 from swarm.loop import run
 from tests.dht.samples import ALICE
 
@@ -71,3 +72,21 @@ def test_sockets_of_the_dead_are_swept_away_and_others_are_not() -> None:
     assert [path.exists() for path in (dead, young, living)] == [False, True, True]
     young.unlink()
     living.unlink()
+
+
+def test_inboxes_of_the_dead_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody connects to find out: who listens there takes every caller for its daemon."""
+    monkeypatch.setattr(daemon_module, "_short_temporary_folder", lambda: tmp_path)
+
+    async def scenario() -> None:
+        daemon = await Daemon.start(P2PD, ALICE, ["-noListenAddrs=1"])
+        inbox, stale = inbox_of(daemon.control), inbox_of(tmp_path / "swarm-dht-gone.sock")
+        inbox.touch()
+        stale.touch()
+        other = await Daemon.start(P2PD, ALICE, ["-noListenAddrs=1"])
+        assert inbox.exists()
+        assert not stale.exists()
+        await other.stop()
+        await daemon.stop()
+
+    run(scenario())
