@@ -43,9 +43,14 @@ class Pace:
         self.rested = 0.0  # when bulk work may go on, if decode streams are active
 
     @property
+    def usual(self) -> float:
+        """Seconds of a pass that only decodes (0: not known yet)."""
+        return self._usual or 0.0
+
+    @property
     def hold(self) -> float:
         """Seconds for which a pass may wait for more rows."""
-        return _HOLD * (self._usual or 0.0)
+        return _HOLD * self.usual
 
     @property
     def bulk_tokens(self) -> int:

@@ -45,10 +45,11 @@ class Slice(NamedTuple):
 
 class Lull(NamedTuple):
     """Seconds `left` until the next step of a stream is due, of `gap` that are between two of them
-    at their quickest (0: not known yet)."""
+    at their quickest (0: not known yet), in which this server computes for `takes`."""
 
     left: float
     gap: float
+    takes: float = 0.0
 
 
 class Scheduler:
@@ -153,7 +154,8 @@ class Scheduler:
         if any(stream.seen < _LEARNT for stream in streams):
             return Lull(0.0, 0.0)
         due = min(stream.last + stream.least for stream in streams)
-        return Lull(max(0.0, due - now), min(stream.least for stream in streams))
+        gap = min(stream.least for stream in streams)
+        return Lull(max(0.0, due - now), gap, self.pace.usual)
 
     def disturbed(self) -> None:
         """The device has done something else."""

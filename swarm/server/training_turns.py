@@ -12,7 +12,10 @@ from typing import Any
 from swarm.server.scheduler import PATIENCE, Lull
 
 _REST = 1.0  # times as long as a unit took, for which training rests while streams decode
-_DELAY = 0.5  # of the gap between a stream's steps, by which a unit may make one of them late
+# By which a unit may make a stream's step late: so much of the gap between two of them, and so many
+# times what a step takes here. Each of n servers takes at most an n-th of the gap, so that all of
+# them together make no step later than by about one and a half gaps.
+_DELAY, _OWN = 0.5, 1.5
 # Passes after which a unit runs that makes a step later than that: so few that even with four
 # servers in a row it is less than one step in a hundred.
 _RARELY = 400
@@ -70,7 +73,7 @@ class Turns:
         if self._running is None:
             self._narrow = lull is not None
         unit = self._units[self._narrow]
-        left, gap = lull or (0.0, 0.0)
+        left, gap, takes = lull or (0.0, 0.0, 0.0)
         bearable = lull is None or 0 < gap >= unit - left
         if self._waited >= (PATIENCE if bearable else _RARELY):
             return 0.0
@@ -78,7 +81,7 @@ class Turns:
             return None
         if lull is None:
             return 0.0
-        if 0 < gap * _DELAY >= unit - left:
+        if gap > 0 and unit - left <= max(_DELAY * gap, _OWN * takes):
             return max(0.0, self._rested - now)
         return max(self._rested - now, gap / 2, _LOOK)
 

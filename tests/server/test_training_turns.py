@@ -98,23 +98,23 @@ class Device:
         return self.now
 
 
+@pytest.mark.parametrize("servers", [1, 3])
 @pytest.mark.parametrize("longest", [0.5, 2, 4, 8, 16, 60, 400])
-def test_a_stream_through_three_servers_is_hardly_late(longest: float) -> None:
-    """p99 within thrice the quiet median, whatever a unit takes, in milliseconds; and as soon as
-    nobody decodes training has all of the device."""
+def test_a_stream_through_servers_that_train_is_hardly_late(servers: int, longest: float) -> None:
+    """p99 within thrice the quiet median, whatever a unit takes, in milliseconds."""
     dice = random.Random(3)
-    devices = [Device([longest / 2e3] * 4 + [longest / 1e3] * 4) for _ in range(3)]
-    now, gaps = 1.0, list[float]()
-    for _ in range(4000):
+    devices = [Device([longest / 2e3] * 4 + [longest / 1e3] * 4) for _ in range(servers)]
+    takes, now, gaps = 3.6e-3 / servers, 1.0, list[float]()
+    for _ in range(3000):
         begin = now
         for device in devices:
-            now = device.step(now + dice.uniform(2e-4, 4e-4), dice.uniform(1e-3, 1.3e-3))
+            now = device.step(now + dice.uniform(2e-4, 4e-4), dice.uniform(0.9, 1.1) * takes)
         now += dice.uniform(4e-4, 6e-4)  # head, and the next token's embedding
         gaps.append(now - begin)
-    quiet = 3 * (3e-4 + 1.15e-3) + 5e-4
-    assert sorted(gaps)[int(0.99 * len(gaps))] <= 3 * quiet
-    share = sum(device.trained for device in devices) / 3 / (now - 1.0)
-    assert share > (0.3 if longest <= 4 else 0.005)
+    quiet = servers * (3e-4 + takes) + 5e-4
+    assert sorted(gaps)[int(0.99 * len(gaps))] <= 2.5 * quiet
+    share = sum(device.trained for device in devices) / servers / now
+    assert share > (0.15 if longest <= 4 else 0.005)
 
 
 def test_how_long_a_wide_slice_takes_says_nothing_of_a_narrow_one() -> None:
