@@ -123,7 +123,7 @@ def check(family: str, device: torch.device) -> bool:
             if parameter.ndim > 1:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
     expected = outputs(make(model, torch.device("cpu"), torch.float32))
-    way = Captured() if device.type == "cuda" else Way()
+    way = Captured(device) if device.type == "cuda" else Way()
     good = True
     for dtype, allowed in _ALLOWED.items():
         for name in ("plain", way.name):

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -58,18 +59,24 @@ class Captured(Way):
 
     name = "captured"
 
-    def __init__(self) -> None:
-        self._pool: Any = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def record(self, run: Sub) -> Sub:
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # libraries take their workspaces now
-        torch.cuda.current_stream().wait_stream(stream)
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = run()
+        if not self._graphs:  # a pool ends with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device):
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # libraries take their workspaces now
+            torch.cuda.current_stream().wait_stream(stream)
+            # Other threads may go on using the device meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = run()
+        self._graphs.add(graph)
 
         def replay() -> Tensor:
             graph.replay()
@@ -101,8 +108,8 @@ class CompiledAndCaptured(Captured, Compiled):
     name = "compiled and captured"
     quick = False
 
-    def __init__(self) -> None:
-        Captured.__init__(self)
+    def __init__(self, device: torch.device) -> None:
+        Captured.__init__(self, device)
         Compiled.__init__(self)
 
 

@@ -56,7 +56,8 @@ def ways_of(mode: CompileMode, device: torch.device) -> list[Way]:
     if mode == "off":
         return []
     if device.type == "cuda":
-        return [Captured(), CompiledAndCaptured()] if mode == "on" else [Captured()]
+        captured = Captured(device)
+        return [captured, CompiledAndCaptured(device)] if mode == "on" else [captured]
     return [Compiled()] if mode == "on" else []
 
 

@@ -139,6 +139,7 @@ def test_by_itself_a_server_tries_nothing_on_a_cpu_nor_what_takes_minutes() -> N
     assert ways_of("auto", CPU) == []
     assert ways_of("off", GPU) == ways_of("off", CPU) == []
     assert [way.name for way in ways_of("on", CPU)] == ["compiled"]
+    assert [way.name for way in ways_of("auto", GPU)] == ["captured"]
 
 
 def test_steps_travel_to_another_device_together() -> None:
