@@ -27,6 +27,7 @@ from swarm.models.spans import Span, strip
 from swarm.server.backend import Backend
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served
+from swarm.server.residents import announced
 from swarm.tensors import DTYPE_NAMES
 from swarm.transport import Endpoint, Service
 from swarm.types import BlockRange, Codec, ModelId, Numerics
@@ -179,6 +180,7 @@ class InProcessSwarm:
             port=endpoint.port,
             certificate_digest=endpoint.certificate_digest,
             numerics=Numerics(dtype=DTYPE_NAMES[span.dtype]),  # type: ignore[arg-type]
+            adapters=announced(span.residents),
             announced_at=int(NOW * 1000),
         )
         if self.limits.kv_bytes is not None:

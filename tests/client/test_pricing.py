@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from swarm.client.peers import PeerBook
 from swarm.client.pricing import Offer, Prices
-from swarm.client.routing import Chart, find_route
-from swarm.dht.records import SignedRecord, peer_tag
+from swarm.client.routing import Chart, RouteHop, find_better, find_route
+from swarm.dht.records import Adapter, SignedRecord, peer_tag
+from swarm.errors import NoRoute
+from swarm.types import BlockRange
 from tests.client.market import MODEL, NUMERICS, book, request, route, server
 
 
@@ -251,3 +253,22 @@ def test_how_slow_somebody_was_is_forgotten_in_time() -> None:
     wanted = request("0:8")
     assert find_route(servers, wanted, peers, 600.0)[0].server.record.peer_id == "other"
     assert find_route(servers, wanted, peers, 601.0)[0].server.record.peer_id == "once"
+
+
+def test_an_adapter_draws_sessions_to_who_has_it_by_what_sending_it_would_take() -> None:
+    poet = Adapter("poet", b"12345678")
+    having = server("having", "0:8", adapters=(Adapter("other", bytes(8)), poet))
+    servers, peers = [server("lacking", "0:8"), having], book(lacking=0.01, having=0.02)
+    assert route(servers, request("0:8"), peers) == [("lacking", "0:8")]
+    small, large = (
+        request("0:8", adapter=poet.id + bytes(24), adapter_bytes=size) for size in (1e3, 1e8)
+    )
+    assert route(servers, small, peers) == [("lacking", "0:8")]
+    assert route(servers, large, peers) == [("having", "0:8")]
+    # Who has lent it there need not again, wherever others have it.
+    hops = [RouteHop(servers[0], BlockRange(0, 8))]
+    assert find_better(hops, Chart(servers), large, 10, peers, 0.0) is None
+    only = request("0:8", adapter=poet.id + bytes(24), adapter_bytes=None)
+    assert route(servers, only, peers) == [("having", "0:8")]
+    with pytest.raises(NoRoute, match="announces adapter 3132333435363738"):
+        route(servers[:1], only, peers)

@@ -217,6 +217,44 @@ def test_a_text_goes_on_with_its_adapter_when_servers_die(shared: Pair) -> None:
     shared.swarm.assert_quiet()
 
 
+def test_adapters_go_along_when_sessions_move_and_stand_by() -> None:
+    """A server that leaves hands its session over; one that dies has a second one beside it."""
+    pair = Pair("llama", seed=81, replicas=2)
+    spans = [server.handler._span for server in pair.swarm.servers]
+    blocks = pair.swarm.blocks(spans[0], WHOLE, standby_after=20)
+    pair.model = shell_of(pair.local, blocks)
+    with pair.swarm:
+        for model in (pair.local, pair.model):
+            model.add_adapter(lora())
+            learning(model, seed=6)
+        with pair.model.inference_session(max_length=80) as session:
+            text = pair.same(prompt())
+            leaving = pair.swarm.serving(session, 0)
+            pair.swarm.loop.call(leaving.handler.leave())
+            pair.swarm.wait_until(lambda: session.moves == 1)
+            text = pair.same(text, max_new_tokens=8)
+            assert session.recoveries == 0
+            leaving.handler.draining = False
+            pair.swarm.revive(leaving)
+            pair.swarm.wait_until(lambda: any(hop.trusted > 20 for hop in session.standbys))
+            spare = session.standbys[0]
+            pair.swarm.cut(pair.swarm.serving(session, spare.blocks.start))
+            pair.same(text, max_new_tokens=6)
+            assert spare in session.hops
+        pair.swarm.loop.call(blocks.connection.loans.close())
+        pair.swarm.assert_quiet()
+
+
+def test_a_loan_that_nobody_needs_ends(shared: Pair) -> None:
+    model = shell_of(fresh_local("llama", 80), another(shared))
+    model.add_adapter(lora(), "brief")
+    learning(model, seed=7)
+    model.generate(prompt(), **GREEDY)
+    shared.swarm.assert_quiet()
+    model.delete_adapter("brief")
+    assert model.remote_blocks.bundles() is None
+
+
 def test_what_is_merged_in_peft_s_ways_works_too(shared: Pair) -> None:
     """Two adapters at a time, rank-stabilised scaling, and `get_peft_model`."""
     wrapped: list[Any] = []
