@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-_WORTH_IT = 16 << 20  # bytes: it takes some ms, in which malloc keeps others waiting
+_WORTH_IT = 4 << 20  # bytes: it takes some ms, in which malloc keeps others waiting
 
 
 class _Counts(ctypes.Structure):
