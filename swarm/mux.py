@@ -234,7 +234,7 @@ class Link:
         self._channels: dict[int, Channel] = {}
         self._last = 0
         self._lanes = [_Lane()]  # and the one for large frames, if there is one
-        self._carriers: set[asyncio.Task[Any]] = set()
+        self._carriers: set[Any] = set()  # tasks
         self.queued = 0
         self.held = 0
         self._room = asyncio.Event()
@@ -263,7 +263,9 @@ class Link:
         if bulk:
             self._lanes = [self._lanes[0], _Lane()]
         lane = self._lanes[-1]
-        self._carriers.add(_this_task())  # no name for it here: see below
+        # Its own frame must not name it: then it would be freed, once it was cancelled, only by the
+        # garbage collector, and the connection that it carries would stay up until then.
+        self._carriers.add(asyncio.current_task())
         writing = asyncio.create_task(self._write(lane, pipe))
         error: SwarmError = PeerUnavailable(f"{self.where}: the stream is closed")
         try:
@@ -277,7 +279,7 @@ class Link:
             error = afresh(problem)
             raise
         finally:
-            self._carriers.discard(_this_task())
+            self._carriers.discard(asyncio.current_task())
             writing.cancel()
             self.lose(error)
             await asyncio.wait({writing})
@@ -390,14 +392,6 @@ class Link:
         self.held += len(payload)
         self._gauge.add(len(payload))
         channel.arrive(sequence, kind, payload)
-
-
-def _this_task() -> asyncio.Task[Any]:
-    """A task that a name in its own frame refers to is freed, if it was cancelled, only by the
-    garbage collector; and with it the connection that it carries, which stays up until then."""
-    task = asyncio.current_task()
-    assert task is not None
-    return task
 
 
 def _bad(why: str) -> RemoteProtocolError:
