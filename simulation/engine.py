@@ -19,7 +19,8 @@ from swarm.dht.records import ServerState
 from swarm.types import BlockRange
 
 MakeRules = Callable[[Stage], Rules]
-_ROUNDS = 10  # of tending, before it begins
+_ROUNDS, _LEAST_ROUNDS = 10, 3  # of tending, before it begins...
+_TENDINGS = 20_000  # ...and of all together, about: in large swarms they take time
 _SLOW = 30.0  # seconds for which servers that tend look at the same picture, to save time
 _FIRST_TENDING = 10.0  # seconds in which those who are there already begin
 SNAPSHOT = 5.0  # seconds, at least; clients' looks fall on these moments
@@ -85,7 +86,8 @@ class Swarm:
             self._plan_tending(server, self._rng.random() * _FIRST_TENDING)
         for server in self.servers[len(first) :]:
             self.clock.at(server.machine.born, lambda server=server: self._join(server))
-        for _ in range(_ROUNDS):  # they have been there for hours, and know how far others are
+        rounds = min(_ROUNDS, max(_LEAST_ROUNDS, _TENDINGS // len(first)))
+        for _ in range(rounds):  # they have been there for hours, and know how far others are
             picture = self.rules.picture(0.0)
             for server in first:
                 self.rules.tend(server, picture, self._rng.random())
