@@ -94,6 +94,14 @@ def server_parser() -> Parser:
     parser.add_argument(
         "--name", dest="public_name", default="", metavar="WHO", help="who you are, for others"
     )
+    _add_computing(parser)
+    parser.add_argument(
+        "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
+    )
+    return parser
+
+
+def _add_computing(parser: Parser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -110,9 +118,6 @@ def server_parser() -> Parser:
         "that it is exact and pays; on tries torch.compile, too, which can take minutes",
     )
     parser.add_argument(
-        "--identity", type=Path, metavar="FILE", help="key file that keeps your peer id the same"
-    )
-    parser.add_argument(
         "--kv-memory",
         dest="kv_bytes",
         type=memory,
@@ -120,7 +125,6 @@ def server_parser() -> Parser:
         help="for the keys and values of all sessions together, such as 2GB or 512MiB (default: a "
         "quarter of what is free beside the weights, on a GPU 70 %%)",
     )
-    return parser
 
 
 def _add_adapters(parser: Parser) -> None:
