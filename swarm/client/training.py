@@ -38,7 +38,7 @@ _PART_TOKENS = 128  # at least, of a part of a batch; one text may have more
 # At least, that its first server has to compute: a part costs client and server 10 ms besides, and
 # small products are slow (model A, 8 x 128 tokens back and forth in 8, 4 and 2 parts: 2.0, 1.8 and
 # 1.3 s of processors).
-_PART_SECONDS = 0.03
+_PART_SECONDS = 0.05
 _PARTS = 16  # of a batch, at most
 _PAUSE = 0.1  # seconds between two looks for somebody who serves the blocks
 _ROWS = ("hidden", "gradient")  # belong to single texts; other tensors to all together
