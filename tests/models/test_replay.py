@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -89,18 +90,24 @@ def chat(held: Span, plain: Span, rounds: int, seed: int = 0) -> None:
     held.store.check_integrity()
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "gemma3_text", "gemma2", "mixtral", "gpt_oss", "gpt2"]
-)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_fixed_passes_are_exact(family: str) -> None:
     held, way = span(family, 0, 3), Watched()
     use(held, way)
-    chat(held, span(family, 0, 3), 7)
-    assert way.runs == 7
-    assert way.recorded < 7  # a shape's forward is there for others, too
+    chat(held, span(family, 0, 3), 5)
+    assert way.runs == 5
+    assert way.recorded < 5  # a shape's forward is there for others, too
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """What was compiled for one test counts towards torch's limits in another."""
+    yield
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mixtral"])
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_passes_are_exact(family: str) -> None:
     """Traced as a whole, which also proves that nothing in them waits for numbers of the device."""
     cut = (4, 6) if family == "gemma3_text" else (0, 1)  # a block with a window, and one without
