@@ -33,7 +33,7 @@ SLOW = (
     *("transformers.conversion_mapping", "transformers.integrations.flash_attention"),
     *("transformers.modeling_utils", "transformers.models.llama.modeling_llama"),
 )
-_READ_ONCE = ("HF_", "TRANSFORMERS_", "OMP_", "TORCH_")
+_READ_ONCE = ("HF_", "TRANSFORMERS_", "OMP_NUM_THREADS", "TORCH_")
 
 
 def read_once(env: Mapping[str, str]) -> Mapping[str, str]:

@@ -31,6 +31,7 @@ from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.identity import Identity, SwarmKey
 from swarm.types import BlockRange, ModelId
 from tests.hub import serve
+from tests.nursery import Program
 
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/QmeL3fLd2dbKVM8wVZUdbHAugA6Co1NJf7nNMZ1AXidP5g"
 LOCAL = ["--host", "127.0.0.1"]
@@ -168,10 +169,11 @@ def test_a_start_that_fails_early_ends_in_good_order() -> None:
     """Torch aborts a process that ends while one of our threads is in there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"--dht-port={taken.getsockname()[1]}"
-        command = [sys.executable, "-m", "swarm", "server", *LOCAL, port]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert re.fullmatch("swarm: the DHT does not start: fail.* in use.*; check .*\n", ended.stderr)
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        with Program(["swarm", "server", *LOCAL, port], **pipes) as process:
+            out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert re.fullmatch("swarm: the DHT does not start: fail.* in use.*; check .*\n", err)
 
 
 def test_a_new_key_is_for_its_owner_alone(

@@ -27,6 +27,7 @@ from swarm.client.session import RemoteSession
 from swarm.errors import UsageError
 from swarm.identity import SwarmKey
 from swarm.models.demo import DEMO_MODEL
+from tests.nursery import Program, QuickSwarm
 
 KEY = SwarmKey.generate()
 
@@ -41,8 +42,11 @@ def own_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def swarm() -> Iterator[LocalSwarm]:
-    """Private, so that keys are passed everywhere; tests add what they end."""
-    with LocalSwarm(spans=["0:16", "16:24"], swarm_key=KEY) as swarm:
+    """Private, so that keys are passed everywhere; tests add what they end.
+
+    Each process is one that others forked, here; below they start as they do for everybody.
+    """
+    with QuickSwarm(spans=["0:16", "16:24"], swarm_key=KEY) as swarm:
         yield swarm
 
 
@@ -176,8 +180,7 @@ def test_chat_sends_only_what_is_new(
 def test_ctrl_c_at_the_prompt_of_a_chat_leaves_politely(swarm: LocalSwarm) -> None:
     env = os.environ | {"SWARM_PEERS": swarm.peers[0], "SWARM_KEY": KEY.text()}
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    command = [sys.executable, "-m", "swarm", "chat"]
-    with subprocess.Popen(command, env=env, text=True, **pipes) as process:
+    with Program(["swarm", "chat"], env=env, **pipes) as process:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "swarm-demo: say something (Ctrl-D ends)\n"

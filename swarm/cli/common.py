@@ -166,14 +166,15 @@ def quick_imports() -> Generator[None]:
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED)) if ours else None
     modules = cast(dict[str, ModuleType | None], sys.modules)
-    modules.setdefault("scipy", None)  # to Python: there is none
+    if "transformers" not in modules:  # else it has looked for it already, and may rely on it
+        modules.setdefault("scipy", None)  # to Python: there is none
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
-        if modules["scipy"] is None:
+        if "scipy" in modules and modules["scipy"] is None:
             del modules["scipy"]
         if ours:
             signal.signal(signal.SIGINT, before)

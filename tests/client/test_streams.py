@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from swarm.errors import NoRoute, SessionClosed, UsageError
 from swarm.messages import Step
 from tests.client.pairs import GREEDY, Pair, prompt
+from tests.inprocess import STEADY
 
 TOKENS = 12
 
@@ -241,6 +243,9 @@ def test_one_text_s_error_is_its_own(llama: Pair) -> None:
 
 def test_errors_are_those_of_generate() -> None:
     pair = Pair("llama", seed=3)
+    connection = pair.blocks.connection
+    hasty = replace(connection.config, timeouts=replace(STEADY, recovery=0.3))
+    pair.blocks.connection = replace(connection, config=hasty)
     with pair.swarm:
         for server in pair.swarm.servers:
             pair.swarm.cut(server)
