@@ -71,6 +71,26 @@ def test_eight_adapters_and_none_share_one_pass(span: Span) -> None:
     assert (alone[0] - plain).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("evil", [False, True])
+def test_steps_that_are_alike_are_multiplied_apart(span: Span, evil: bool) -> None:
+    """Of one rank and length, some without any, and one adapter that is too large for itself."""
+    adapters = [adapter_of(span, seed) for seed in (1, 4, 7)] + [None]
+    if evil:
+        adapters[0] = adapter_of(span, 1, scale=3e37)
+    given = [step(span, adapter, 3 + 3 * index) for index, adapter in enumerate(adapters)]
+    more = [torch.randn(1, 1, span.hidden_size) for _ in given]
+    again = [SpanStep(first.cache, x) for first, x in zip(given, more, strict=True)]
+    together = [span.run(given), span.run(again)]
+    for index, (adapter, x) in enumerate(zip(adapters, more, strict=True)):
+        alone = step(span, adapter, 3 + 3 * index)
+        for shared, one in zip(together, (alone, SpanStep(alone.cache, x)), strict=True):
+            expected = span.run([one])[0]
+            if evil and index == 0:
+                assert not bool(shared[index].isfinite().all())
+            else:
+                torch.testing.assert_close(shared[index], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_numbers_that_overflow_stay_their_owner_s(span: Span) -> None:
     """A factor may be finite and what it gives not: nothing times zero may reach others."""
     evil = adapter_of(span, 0, scale=3e37)
