@@ -333,7 +333,7 @@ def test_status_names_what_is_missing_silent_or_of_other_weights(
     }
     assert set(first["servers"][0]) == {
         *("blocks", "state", "silent", "address", "peer_id", "public_name", "dtype"),
-        *("throughput", "queue", "free_tokens", "version"),
+        *("throughput", "queue", "free_tokens", "version", "adapters"),
     }
 
 

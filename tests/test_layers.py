@@ -130,7 +130,7 @@ def file_of(module: str, known: Mapping[str, Source]) -> str | None:
 def directions(sources: Mapping[str, Source]) -> Iterator[str]:
     for source in sources.values():
         for module in imports(source, sources):
-            if module == "?" and source.path != "swarm/__init__.py":
+            if module == "?" and source.path not in ("swarm/__init__.py", "tests/nursery.py"):
                 yield f"{source.path} hides what it imports"
             target = sources.get(file_of(module, sources) or "")
             if target is None or target.room == source.room:
