@@ -15,7 +15,7 @@ from swarm.models.adapters_peft import read_adapter
 from swarm.models.bundles import Bundles, Resident
 from swarm.server.choice import ServerConfig
 from swarm.server.residents import Shelf, announced
-from tests.client.pairs import GREEDY, Pair, prompt, shell_of
+from tests.client.pairs import Pair, prompt, shell_of
 from tests.client.test_training_lora import another, fresh_local, learning, lora
 from tests.inprocess import span_of
 from tests.models.tiny import LAYERS, tiny_model
