@@ -6,6 +6,7 @@ member is lost stays as it was; who sends nothing in time, or nonsense, is left 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from hivemind.averaging.allreduce import AllreduceException, AllReduceRunner, AveragingMode
 from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.partition import TensorPartReducer
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2 as generated
 from torch import Tensor
@@ -58,11 +60,24 @@ class Runner(AllReduceRunner):
             reducer_timeout=2 * silence,
             part_size_bytes=max(_LEAST_PART_BYTES, min(_PART_BYTES, quarter)),
         )
+        shapes = tuple(part.shape for part in self.parts_for_local_averaging)
+        self.tensor_part_reducer = _Reducer(shapes, len(self.sender_peer_ids))
 
     def expects(self, first: Any, peer: PeerID) -> bool:
         """Whether this begins what a member has for us, who has not begun yet."""
         mine = first.group_id == self.group_id
         return mine and peer in self.sender_peer_ids and peer not in self.active_senders
+
+    @property
+    def parts_done(self) -> int:
+        """How many of the vector's parts have come back, or never will."""
+        container: Any = self.tensor_part_container
+        return sum(container._outputs_registered_by_peer)
+
+    def give_up_the_rest(self) -> None:
+        """What has not come back by now stays as it is."""
+        for place in range(self.group_size):
+            self.tensor_part_container.register_failed_reducer(place)
 
     def end(self) -> None:
         """What went wrong has been said: asyncio need not log it, too."""
@@ -80,6 +95,22 @@ class Runner(AllReduceRunner):
         container: Any = self.tensor_part_container
         sizes = [len(part) for part, _ in container._input_parts_by_peer[place]]
         return _CheckedStub(super()._get_peer_stub(peer), sizes)
+
+
+class _Reducer(TensorPartReducer):
+    """hivemind's waits without end after it has lost somebody at the wrong moment, for two reasons.
+
+    It counts a part as there while that only waits for its turn. And all who sum up one part wait
+    for the same future, which whoever is cancelled there cancels for everybody.
+    """
+
+    async def accumulate_part(
+        self, sender_index: int, part_index: int, tensor_part: Tensor, weight: float = 1.0
+    ) -> Tensor:
+        while part_index > self.current_part_index and not self.finished.is_set():
+            await asyncio.wait({self.current_part_future})
+        adding = super().accumulate_part(sender_index, part_index, tensor_part, weight)
+        return await asyncio.shield(adding)
 
 
 class _CheckedStub:

@@ -53,6 +53,7 @@ _MAX_GATHERED = 2048  # bytes that somebody tells of themselves
 _CONNECT_SECONDS = 3.0  # until somebody answers to an opened stream, or to a request to join
 _POLL_SECONDS = 0.3  # between looks for others into the DHT
 _LINGER_SECONDS = 0.5  # until the daemon has sent what we answered
+_STALLED = 3  # times `silence` without progress, longer than anybody is waited for
 _FAILURES = (P2PDaemonError, P2PHandlerError, AllreduceException, OSError, EOFError)
 
 PeerGone = asyncio.TimeoutError  # as which hivemind takes whoever cannot be asked
@@ -206,6 +207,7 @@ class Averager(ServicerBase):
 
     async def _exchange(self, runner: Runner, vector: Tensor, members: list[Member]) -> Averaged:
         average = vector
+        hurrying = asyncio.create_task(self._hurry(runner))
         try:
             async with asyncio.timeout(self._rounds.exchange):
                 async for change in runner:
@@ -215,10 +217,19 @@ class Averager(ServicerBase):
                 f"averaging took more than {self._rounds.exchange:.0f} s"
             ) from error
         finally:
+            hurrying.cancel()
             runner.end()
         lost = sorted(peer.to_base58() for peer in runner.banned_senders)
         missing = runner.tensor_part_container.failed_size
         return Averaged(average, tuple(members), tuple(lost), missing)
+
+    async def _hurry(self, runner: Runner) -> None:
+        """Whatever a round hangs on, it ends a few times `silence` after its last progress."""
+        done = -1
+        while runner.parts_done > done:
+            done = runner.parts_done
+            await asyncio.sleep(_STALLED * self._rounds.silence)
+        runner.give_up_the_rest()
 
     async def rpc_join_group(
         self, request: JoinRequest, context: P2PContext

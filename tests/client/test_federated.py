@@ -205,8 +205,7 @@ def left_by_the_fourth(federation: Federation, modules: Sequence[Any]) -> None:
     without, whole = (1 + 4 + 9) / 6, (1 + 4 + 9 + 16) / 10
     for own, module, result in zip((1.0, 2.0, 3.0), modules, done, strict=True):
         assert result
-        assert len(result.lost) == 1
-        assert 0.5 < result.share <= 1
+        assert 0.25 <= result.share <= 1
         for value in set(numbers(module).tolist()):
             assert min(abs(value - known) for known in (own, without, whole)) < 1e-5
 

@@ -97,7 +97,7 @@ def test_what_is_as_quick_is_not_kept(span: Span) -> None:
 def test_what_is_wrong_is_not_kept_however_quick(
     span: Span, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger="swarm")
     before = answer(span)
     (trial,) = try_out(span, [Wrong()], (1,), ticking(2.0, 0.1))
     assert not trial.pays
