@@ -121,9 +121,7 @@ def _dtype_name(dtype: str | torch.dtype) -> DType | None:
     return name
 
 
-def _prompts(
-    model: Any, blocks: RemoteBlocks, mode: str | None, length: int
-) -> SoftPrompts | None:
+def _prompts(model: Any, blocks: RemoteBlocks, mode: str | None, length: int) -> SoftPrompts | None:
     if mode is None:
         return None
     return SoftPrompts(mode, length, len(blocks), model.get_input_embeddings().weight)

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from swarm.models.adapters_peft import Live
 from swarm.errors import UsageError
 from swarm.models.adapters import BlockAdapter
+from swarm.models.adapters_peft import Live
 from swarm.types import BlockRange
 
 MODES = ("ptune", "deep_ptune")

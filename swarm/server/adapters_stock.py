@@ -69,9 +69,7 @@ class Stock:
         return len(self._loans)
 
     @contextmanager
-    def lent(
-        self, client: str, blocks: BlockRange, specs: Iterable[BundleSpec]
-    ) -> Generator[Loan]:
+    def lent(self, client: str, blocks: BlockRange, specs: Iterable[BundleSpec]) -> Generator[Loan]:
         """Inside, what of an adapter with these bundles is here stays, and what is `missing` of it
         in `blocks` has room. Raises RemoteProtocolError BUSY, OVERSIZE."""
         every = tuple(specs)
@@ -113,11 +111,11 @@ class Stock:
             yield resident.adapter
             return
         for loan in self._loans:
-            if (loan.client, loan.id) == (client, name) and not loan.missing:
-                if loan.blocks.contains(blocks):
-                    with self._held(loan):
-                        yield loan.adapter
-                    return
+            whole = not loan.missing and loan.blocks.contains(blocks)
+            if (loan.client, loan.id) == (client, name) and whole:
+                with self._held(loan):
+                    yield loan.adapter
+                return
         raise RemoteProtocolError(
             ErrorCode.UNKNOWN_ADAPTER,
             f"adapter {name.hex()[:16]} is not here for blocks {blocks}: lend it first, or ask a "

@@ -129,7 +129,7 @@ class Executor:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(job())
-                except Exception as error:  # it is the caller's, not the thread's
+                except Exception as error:  # noqa: BLE001  # the caller's, not the thread's
                     future.set_exception(error)
 
         self._inbox.put(run)

@@ -138,20 +138,24 @@ class Handler:
         async with self._refusing(stream):
             first = await self._first(stream)
             if isinstance(first, Train):
-                return await self._training.serve(stream, first, self._check(first))
-            if isinstance(first, Lend):
-                return await self._loans.serve(stream, first, self._check(first))
-            conversation = Conversation(SESSION)
-            opening = conversation.receive(first)
-            assert isinstance(opening, Open)
-            client = self._check(opening)
-            cache = self._cache(opening)
-            with self._loans.borrowed(client, opening.adapter, cache.blocks) as cache.adapter:
-                async with self._room(opening, client, cache):
-                    session = self._make(opening, client, cache)
-                    self._sessions[opening.session_id] = (opening.ticket, session)
-                    self.counters.sessions += 1
-                    await session.serve(stream, conversation, self._opened(opening))
+                await self._training.serve(stream, first, self._check(first))
+            elif isinstance(first, Lend):
+                await self._loans.serve(stream, first, self._check(first))
+            else:
+                await self._serve(stream, first)
+
+    async def _serve(self, stream: Stream, first: Message) -> None:
+        conversation = Conversation(SESSION)
+        opening = conversation.receive(first)
+        assert isinstance(opening, Open)
+        client = self._check(opening)
+        cache = self._cache(opening)
+        with self._loans.borrowed(client, opening.adapter, cache.blocks) as cache.adapter:
+            async with self._room(opening, client, cache):
+                session = self._make(opening, client, cache)
+                self._sessions[opening.session_id] = (opening.ticket, session)
+                self.counters.sessions += 1
+                await session.serve(stream, conversation, self._opened(opening))
 
     @asynccontextmanager
     async def _room(self, opening: Open, client: str, cache: SpanCache) -> AsyncGenerator[None]:

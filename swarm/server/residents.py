@@ -36,7 +36,9 @@ class Shelf:
                 )
             name = given or name.encode()[:MAX_ADAPTER_NAME].decode(errors="ignore")
             if name in folders or not name.isprintable():
-                raise UsageError(f"two adapters cannot both be '{name}': say --adapters NAME={rest}")
+                raise UsageError(
+                    f"two adapters cannot both be '{name}': say --adapters NAME={rest}"
+                )
             folders[name] = folder
         return cls(folders, config.limits.resident_bytes)
 
@@ -49,9 +51,7 @@ class Shelf:
             own = {spec.block: spec for spec in bundles.specs if spec.block in here}
             try:
                 adapter = {
-                    block: from_bundle(
-                        bundles.data[block], span.patches.sizes(block), span.device
-                    )
+                    block: from_bundle(bundles.data[block], span.patches.sizes(block), span.device)
                     for block in own
                 }
             except RemoteProtocolError as error:
