@@ -12,6 +12,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,6 +23,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
+from hivemind.utils.timed_storage import TimedStorage
 
 from swarm.dht.pages import MAX_ON_PAGE
 from swarm.dht.records import MAX_LIFETIME
@@ -36,27 +38,38 @@ _SPARE = 5  # more nodes that are known of each key
 _SEARCH_SECONDS = 180.0  # between two searches for the nodes of a key
 _SWEEP_SECONDS = 30.0
 _KEYS_PER_CALL = 8  # pages in an answer: far below the 4 MiB that hivemind takes
+MAX_RECORDS = 1 << 16  # that a node keeps of all, about 1.5 kB each...
+MAX_OF_ONE = 32  # ...and of one peer: three pages and the registry, some of before it moved
 
 Node = tuple[DHTID, PeerID]
 
 
 class Storage(DHTLocalStorage):
     """Forgets what was not renewed for as long as a record may live, by our own clock: by those of
-    others it could be an hour more. No key takes more than a page of records."""
+    others it could be an hour more. No key takes more than a page of records, and no peer's names,
+    models and renewals, of which it may invent any number, take more than a little memory."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock, self._swept = clock, clock()
         self._arrived: dict[tuple[DHTID, Any], float] = {}
+        self._records: Counter[Any] = Counter()  # of each peer
 
     def store_subkey(self, key: DHTID, subkey: Any, value: bytes, expiration_time: float) -> bool:
         page = self.get(key)
-        known = page.value if page else ()
-        if subkey not in known and len(known) >= MAX_ON_PAGE:
+        known = page.value if page else {}
+        held = known.get(subkey)
+        if held is None and len(known) >= MAX_ON_PAGE:
+            return False
+        if held is not None and held.expiration_time >= expiration_time:
+            return False  # hivemind would take a note of it
+        new = (key, subkey) not in self._arrived
+        if new and (self._records[subkey] >= MAX_OF_ONE or len(self._arrived) >= MAX_RECORDS):
             return False
         stored = super().store_subkey(key, subkey, value, expiration_time)
         if stored:
             self._arrived[key, subkey] = self._clock()
+            self._records[subkey] += new
         return stored
 
     def get(self, key: DHTID) -> Any:
@@ -70,11 +83,22 @@ class Storage(DHTLocalStorage):
             if now - arrived <= MAX_LIFETIME:
                 continue
             del self._arrived[key, subkey]
+            self._records[subkey] -= 1
             if (page := self.data.get(key)) and isinstance(page.value, DictionaryDHTValue):
                 dictionary: Any = page.value  # hivemind's annotations forget what it is
                 del dictionary[subkey]
                 if not dictionary:
                     del self[key]
+        self._records = +self._records
+        for storage in (self, *(page.value for page in self.data.values())):
+            if isinstance(storage, TimedStorage):
+                _forget_ghosts(storage)
+
+
+def _forget_ghosts(storage: Any) -> None:
+    """hivemind keeps a note of each renewal until that would have expired, for hours."""
+    if len(storage.expiration_heap) > 2 * len(storage.data):
+        storage.expiration_heap = sorted(storage.key_to_heap.values())
 
 
 class Validator(RecordValidatorBase):

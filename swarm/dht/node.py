@@ -166,7 +166,8 @@ class DhtNode:
             authorizer=_Authorizer(self.key, self.identity.peer_id) if self.key else None,
         )
         protocol: Any = dht.protocol
-        protocol.storage = Storage()
+        # Into the cache anybody may put anything, and what is there goes before what is stored.
+        protocol.storage = protocol.cache = Storage()
         # hivemind drops a whole answer for one bad record in it, with which anybody could hide all
         protocol._validate_dictionary = validator.drop_invalid
         make_stub = protocol.get_stub

@@ -132,6 +132,29 @@ def test_forged_records_are_refused_and_hide_nobody(swarm: Swarm) -> None:
     assert swarm.look(bootstrap) == [honest.data]
 
 
+def test_a_record_put_into_a_cache_hides_nobody(swarm: Swarm) -> None:
+    """hivemind's nodes keep whatever others call cached beside what is stored, and prefer it."""
+    bootstrap, eve = swarm.add(), swarm.add(EVE)
+    honest = swarm.announce(swarm.add(ALICE), "0:8")
+    later = signed(EVE, "0:8", now=eve.now() + 3600)
+    bucket = DHTID.generate(keys_of(honest.record, None)[0])
+    internals: Any = eve._dht
+    kept_until = later.record.kept_until
+
+    async def cache() -> None:
+        for node in swarm.nodes:
+            if node is not eve:
+                boss = PeerID.from_base58(node.identity.peer_id)
+                entry = [bucket], [later.data], kept_until, [EVE.peer_id]
+                assert await internals.protocol.call_store(boss, *entry, in_cache=True) == [True]
+        internals.protocol.cache.store(bucket, later.data, kept_until, EVE.peer_id)
+
+    swarm.call(cache())
+    reader = swarm.add(client_mode=True)
+    assert set(swarm.look(reader)) == {honest.data, later.data}
+    assert set(swarm.look(bootstrap)) == {honest.data, later.data}
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(None, KEY), (KEY, None), (OTHER_KEY, KEY)])
 def test_nobody_joins_without_the_swarm_key(
     swarm: Swarm, ours: SwarmKey | None, theirs: SwarmKey | None, caplog: pytest.LogCaptureFixture
