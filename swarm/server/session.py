@@ -188,7 +188,7 @@ class Session:
         if self._estate is not None and not self._estate.is_complete:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "a step before all was inherited")
         self._stepped = True
-        size = len(step.hidden.data)
+        size = _bytes(step)
         self._house.holdings.take(self._guest.client, size)
         self._held += size
         if not self._inbox.full():
@@ -266,7 +266,7 @@ class Session:
             await self._send(error)
 
     async def _step(self, step: Step) -> None:
-        size, begin = len(step.hidden.data), time.perf_counter()  # it holds that until answered
+        size, begin = _bytes(step), time.perf_counter()  # it holds that until answered
         verdict = self._ledger.admit(step)
         if verdict is Verdict.STALE:
             self._hold(-size)
@@ -355,3 +355,8 @@ class Session:
             except TimeoutError:
                 raise PeerUnavailable("the client does not read its answers") from None
             self._hold(-size)
+
+
+def _bytes(step: Step) -> int:
+    """Of all its tensors, whatever they are: nobody has looked at them yet."""
+    return len(step.hidden.data) + sum(len(frame.data) for frame in step.inputs.values())

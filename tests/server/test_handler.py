@@ -268,6 +268,29 @@ def test_bytes_that_wait_are_bounded_for_each_client_and_for_all() -> None:
         assert holdings.left == 1 << 16
 
 
+def test_bytes_of_inputs_count_before_anybody_looks_at_them() -> None:
+    """The names and shapes of what travels beside a step are checked when its turn comes."""
+    with alone(waiting_bytes=1 << 16) as town:
+        executor, submit, gate = town.server.executor, town.server.executor.submit, asyncio.Event()
+
+        async def held(work: Any) -> Any:
+            await gate.wait()
+            return await submit(work)
+
+        executor.submit = held  # type: ignore[method-assign]
+
+        async def go() -> None:
+            talk = await town.stranger.open(town.server)
+            await talk.send(talk.step(hidden_of(town.local, 1)))
+            large = {f"input {i}": frame_of((1, 1 << 13), "bool") for i in range(5)}
+            await talk.send(talk.step(hidden_of(town.local, 1), inputs=large))
+            assert await talk.refusal() is ErrorCode.BUSY
+
+        town.run(go())
+        town.swarm.assert_quiet()
+        assert town.server.handler._house.holdings.left == 1 << 16
+
+
 def test_a_server_that_leaves_admits_nobody_and_says_so(town: Town) -> None:
     async def go() -> None:
         opening = town.stranger.opening(town.server)
