@@ -71,13 +71,25 @@ def _token_bytes(part: Tensor) -> int:
 
 
 class Arrival:
-    """Fills a cache with tokens `[start, length)` that another server computed.
+    """Fills a cache with tokens `[start, length)` that another server computed. `padding` is bool
+    `[rows, length]`, True for real tokens; None: all are.
 
     Whatever does not fit raises RemoteProtocolError (BAD_TENSOR, GAP): it comes from strangers.
     """
 
-    def __init__(self, cache: SpanCache, store: KvStore, start: int, length: int) -> None:
-        self._cache, self._store, self._length = cache, store, length
+    def __init__(
+        self,
+        cache: SpanCache,
+        store: KvStore,
+        start: int,
+        length: int,
+        padding: Tensor | None = None,
+    ) -> None:
+        if padding is not None:  # at once, as it is kept until all is here
+            shape = (cache.batch_size, length)
+            if (padding.shape, padding.dtype) != (shape, torch.bool):
+                raise _bad(f"padding is {padding.dtype}{list(padding.shape)}")
+        self._cache, self._store, self._length, self._padding = cache, store, length, padding
         self._start: int | None = start  # until the cache was made ready for it
         self._kinds = dict(kinds_of(cache, store))
         self._ends: dict[int, int] = {}  # what came of each layer
@@ -115,12 +127,9 @@ class Arrival:
         KindPass(self._store, kind, [segment]).write(part.layer, keys, values)
         self._ends[part.layer] = begin + tokens
 
-    def finish(self, padding: Tensor | None) -> None:
-        """All has come; `padding` is bool `[rows, length]`, True for real tokens."""
-        cache = self._cache
-        shape = (cache.batch_size, self._length)
-        if padding is not None and (padding.shape, padding.dtype) != (shape, torch.bool):
-            raise _bad(f"padding is {padding.dtype}{list(padding.shape)}")
+    def finish(self) -> None:
+        """All has come."""
+        cache, padding = self._cache, self._padding
         mask = None if padding is None else padding.to(self._store.device)
         cache.commit(self._length - cache.length, mask)
 

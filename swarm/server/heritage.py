@@ -157,8 +157,8 @@ class Estate:
         self.length = inherit.length
         self.is_complete = False
         self._revoked = False
-        self._padding = None if inherit.padding is None else from_frame(inherit.padding)
-        self._arrival = Arrival(cache, store, inherit.start, inherit.length)
+        padding = None if inherit.padding is None else from_frame(inherit.padding)
+        self._arrival = Arrival(cache, store, inherit.start, inherit.length, padding)
         self._ends = dict.fromkeys((layer for layer, _ in kinds_of(cache, store)), 0)
         self._parts: list[Part] = []  # that are put down together, between the same two passes
         self._executor = executor
@@ -187,7 +187,7 @@ class Estate:
             for part in parts:
                 self._arrival.add(part)
             if self._arrival.is_complete:
-                self._arrival.finish(self._padding)
+                self._arrival.finish()
             return self._arrival.is_complete
 
         try:

@@ -38,7 +38,7 @@ def test_it_arrives_as_it_was_in_parts_of_any_size(most: int) -> None:
         assert not arrival.is_complete, number
         arrival.add(piece)
     assert arrival.is_complete
-    arrival.finish(None)
+    arrival.finish()
     assert here.length == TOKENS
     for old, new in zip(parts_of(there, 1 << 20), parts_of(here, 1 << 20), strict=True):
         assert torch.equal(old.keys, new.keys)
@@ -77,12 +77,10 @@ def test_what_does_not_fit_is_refused(bad: Part, code: ErrorCode) -> None:
     ids=["dtype", "shape"],
 )
 def test_padding_must_be_of_every_token_and_bool(padding: torch.Tensor) -> None:
+    """Before it is kept for all that is yet to come."""
     memory = store()
-    arrival = Arrival(llama_cache(memory=memory), memory, 0, TOKENS)
-    for layer in (1, 2):
-        arrival.add(part(layer))
     with pytest.raises(RemoteProtocolError, match="padding"):
-        arrival.finish(padding)
+        Arrival(llama_cache(memory=memory), memory, 0, TOKENS, padding)
 
 
 @given(
@@ -102,7 +100,7 @@ def test_what_came_since_is_copied_in_rounds(rounds: list[tuple[int, int]], most
         for piece in parts_of(there, most, sound):
             assert piece.start >= sound
             arrival.add(piece)
-        arrival.finish(None)
+        arrival.finish()
         sound = there.length
     for old, new in zip(parts_of(there, 1 << 20), parts_of(here, 1 << 20), strict=True):
         assert torch.equal(old.keys, new.keys)
@@ -119,7 +117,7 @@ def test_an_arrival_that_broke_off_leaves_room_for_the_next() -> None:
     arrival = Arrival(cache, memory, 0, TOKENS)
     for layer in (1, 2):
         arrival.add(part(layer))
-    arrival.finish(None)
+    arrival.finish()
     assert cache.length == TOKENS
     again = Arrival(cache, memory, 5, 9)
     again.add(part(1, 5, 4))
