@@ -15,6 +15,8 @@ from swarm.models.bundles import Resident, from_bundle
 from swarm.models.spans import Span
 from swarm.server.choice import ServerConfig
 
+MAX_RESIDENTS = 16  # so many a server can tell of (`info`)
+
 
 @dataclass(frozen=True, slots=True)
 class Shelf:
@@ -26,6 +28,11 @@ class Shelf:
     @classmethod
     def find(cls, config: ServerConfig) -> Shelf:
         """Raises UsageError."""
+        if len(config.adapters) > MAX_RESIDENTS:
+            raise UsageError(
+                f"{len(config.adapters)} adapters are more than the {MAX_RESIDENTS} that a server "
+                "can tell others of: preload fewer"
+            )
         folders: dict[str, Path] = {}
         for source in config.adapters:
             given, _, rest = source.rpartition("=")

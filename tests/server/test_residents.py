@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from swarm.errors import ErrorCode, UsageError
+from swarm.messages import Info, Load
 from swarm.models.adapters_peft import read_adapter
 from swarm.models.bundles import Bundles, Resident
 from swarm.server.choice import ServerConfig
-from swarm.server.residents import Shelf, announced
+from swarm.server.residents import MAX_RESIDENTS, Shelf, announced
 from tests.client.pairs import Pair, prompt, shell_of
 from tests.client.test_training_lora import another, fresh_local, learning, lora
 from tests.inprocess import span_of
@@ -44,6 +45,15 @@ def test_names_are_short_and_different(poet: Path) -> None:
     for sources in ((poet, poet), (f"more-than-eleven={poet}",), (poet.parent,), ("/nowhere",)):
         with pytest.raises(UsageError):
             shelf(*sources)
+
+
+def test_there_are_no_more_than_a_server_can_tell_of(poet: Path) -> None:
+    """Else whoever asks it about itself would get no answer."""
+    many = [f"poet {i}={poet}" for i in range(MAX_RESIDENTS + 1)]
+    with pytest.raises(UsageError, match="preload fewer"):
+        shelf(*many)
+    names = shelf(*many[1:]).folders
+    assert len(Info(record=b"r", load=Load(), adapters=dict.fromkeys(names, bytes(32))).adapters)
 
 
 def test_each_server_has_its_part_and_all_the_same_hash(poet: Path) -> None:
