@@ -85,6 +85,10 @@ class InvalidRecord(SwarmError):
     """A record from the DHT that must be treated as if it did not exist."""
 
 
+class AdapterRefused(UsageError):
+    """A server will never take this adapter of ours: it is too large for it, or does not fit."""
+
+
 class CheckpointError(UsageError):
     """A model cannot be found, read or trusted."""
 

@@ -137,6 +137,14 @@ def _add_adapters(parser: Parser) -> None:
         help="LoRA adapters to preload for everybody: folders that PEFT wrote, or repo ids; the "
         "first three are announced (docs/finetuning.md)",
     )
+    parser.add_argument(
+        "--adapter-memory",
+        dest="adapter_bytes",
+        type=memory,
+        metavar="SIZE",
+        help="for adapters and deep prompts that clients bring along (default: 256MiB; one client "
+        "has at most half of it)",
+    )
 
 
 def _add_balancing(parser: Parser) -> None:
@@ -252,8 +260,9 @@ def serve(argv: Sequence[str]) -> int:
         from swarm.server.node import ServerNode
 
     del asked["verbose"], asked["log_format"]
-    peers, limits = read_peers(asked.pop("peers")), ServerLimits(kv_bytes=asked.pop("kv_bytes"))
-    adapters = tuple(asked.pop("adapters"))
+    sizes = {name: asked.pop(name) for name in ("kv_bytes", "adapter_bytes")}
+    limits = ServerLimits(**{name: size for name, size in sizes.items() if size is not None})
+    peers, adapters = read_peers(asked.pop("peers")), tuple(asked.pop("adapters"))
     config = ServerConfig(peers=peers, limits=limits, adapters=adapters, **asked)
 
     async def work(life: _Life) -> None:

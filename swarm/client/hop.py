@@ -64,7 +64,7 @@ class Adapting(Protocol):
     ) -> AbstractAsyncContextManager[bytes | None]:
         """Inside, that server has it, by this hash; None: it changes none of `blocks`.
 
-        Raises PeerUnavailable, RemoteProtocolError.
+        Raises PeerUnavailable, RemoteProtocolError, AdapterRefused.
         """
         ...
 

@@ -12,6 +12,7 @@ from swarm.client.recoveries import Recoveries
 from swarm.config import ClientTimeouts
 from swarm.dht.records import SignedRecord
 from swarm.errors import (
+    AdapterRefused,
     ErrorCode,
     NoRoute,
     PeerSilent,
@@ -19,6 +20,7 @@ from swarm.errors import (
     RemoteProtocolError,
     SessionClosed,
     SwarmError,
+    afresh,
 )
 from swarm.identity import Access
 from swarm.messages import HandOver, PushTarget
@@ -118,6 +120,7 @@ class Route:
         self._timeouts = timeouts
         self._begun = False
         self._vain = 0  # openings in a row of which one failed
+        self._refused: dict[str, AdapterRefused] = {}  # our adapter, by whom
 
     @property
     def legs(self) -> list[tuple[str, BlockRange]]:
@@ -138,7 +141,8 @@ class Route:
 
         Who does not answer within `patience` seconds counts as dead. Who stands by for them is
         taken first; other new hops need not know of steps up to number `newborn`, but of `prompt`
-        positions. Returns whether somebody had to be replaced. Raises NoRoute, Interrupted.
+        positions. Returns whether somebody had to be replaced. Raises NoRoute, Interrupted,
+        AdapterRefused.
         """
         lost, asked = list[Hop](), list(self.hops)
         while asked:  # who stands by may be dead as well
@@ -223,7 +227,8 @@ class Route:
         target = next(following, None)  # none: it is the last, and answers what is kept only
         for _ in range(_CANDIDATES):
             try:
-                (server, held), *more = self._router.route(blocks, terms, exclude=not_at)
+                unfit = not_at | self._refused.keys()
+                (server, held), *more = self._router.route(blocks, terms, exclude=unfit)
             except NoRoute:  # somebody may have come to take its place
                 await self._router.refresh()
                 continue
@@ -306,19 +311,32 @@ class Route:
                 hop.point_to(following.target)
 
     def _closed_gaps(self, terms: Terms, newborn: int, prompt: int) -> list[Hop]:
-        """The hops that live, and new ones between them. Raises NoRoute."""
+        """The hops that live, and new ones between them. Raises NoRoute, AdapterRefused."""
         route: list[Hop] = []
         start = self._blocks.start
         for hop in [*(hop for hop in self.hops if hop.alive), None]:
             gap_end = hop.blocks.start if hop is not None else self._blocks.end
             if start < gap_end:
-                for server, blocks in self._router.route(BlockRange(start, gap_end), terms, prompt):
+                for server, blocks in self._willing(BlockRange(start, gap_end), terms, prompt):
                     route.append(Hop(server, blocks, terms))
                     route[-1].last_step = newborn
             if hop is not None:
                 route.append(hop)
                 start = hop.blocks.end
         return route
+
+    def _willing(self, blocks: BlockRange, terms: Terms, prompt: int) -> Sequence[Leg]:
+        """A route by those who take our adapter. Raises NoRoute; AdapterRefused: it would be there
+        but for that, so that waiting is of no use."""
+        try:
+            return self._router.route(blocks, terms, prompt, frozenset(self._refused))
+        except NoRoute:
+            if self._refused:
+                legs = self._router.route(blocks, terms, prompt)
+                for refused in (self._refused.get(server.record.peer_id) for server, _ in legs):
+                    if refused is not None:
+                        raise afresh(refused) from None
+            raise
 
     async def _open(
         self, hop: Hop, target: PushTarget | None, epoch: int, listener: Listener
@@ -341,7 +359,9 @@ class Route:
 
     def _blame(self, hop: Hop) -> None:
         failure = hop.failure
-        innocent = isinstance(failure, SessionClosed) or (
+        if isinstance(failure, AdapterRefused):
+            self._refused[hop.peer_id] = failure
+        innocent = isinstance(failure, SessionClosed | AdapterRefused) or (
             isinstance(failure, RemoteProtocolError) and failure.code in _INNOCENT
         )
         if failure is not None and not innocent and not hop.blamed:

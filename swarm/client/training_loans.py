@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 from swarm.client.hop import Adapting, Terms, endpoint_of, refusal
 from swarm.dht.records import ServerRecord
-from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
+from swarm.errors import (
+    AdapterRefused,
+    ErrorCode,
+    PeerUnavailable,
+    RemoteProtocolError,
+    afresh,
+)
 from swarm.identity import Access
 from swarm.messages import Bundle, Lend, Lent, Refused
 from swarm.models.bundles import Bundles
@@ -103,7 +109,7 @@ class Loans:
     ) -> AsyncGenerator[bytes | None]:
         """Inside, that server has these adapters, by this hash; None: they change none of `blocks`.
 
-        Raises PeerUnavailable, RemoteProtocolError.
+        Raises PeerUnavailable, RemoteProtocolError, AdapterRefused.
         """
         if not bundles.data or self._has(server, bundles.id):
             yield bundles.id
@@ -118,7 +124,10 @@ class Loans:
         loan = given[key]
         loan.users += 1
         try:
-            await asyncio.shield(loan.task)
+            try:
+                await asyncio.shield(loan.task)
+            except RemoteProtocolError as error:
+                raise _explained(error, server, blocks) from None
             yield bundles.id
         finally:
             loan.users -= 1
@@ -169,6 +178,21 @@ def _end(loan: _Given) -> None:
     if loan.ending is not None:
         loan.ending.cancel()
     loan.task.add_done_callback(cancel)
+
+
+def _explained(
+    error: RemoteProtocolError, server: ServerRecord, blocks: BlockRange
+) -> RemoteProtocolError | AdapterRefused:
+    """What no other try will change, for people."""
+    if error.code not in (ErrorCode.OVERSIZE, ErrorCode.BAD_ADAPTER):
+        return afresh(error)
+    refusal = f"{endpoint_of(server)} does not take this adapter for blocks {blocks}: {error}"
+    if error.code is ErrorCode.OVERSIZE:
+        refusal += (
+            "; give it a lower rank or fewer target_modules, or have servers started with more "
+            "--adapter-memory or fewer blocks"
+        )
+    return AdapterRefused(refusal)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from swarm.server.adapters_stock import Stock
 from tests.client.pairs import GREEDY, Killer, Pair, prompt, shell_of
 from tests.client.test_training import FAMILIES, agree, texts
 from tests.client.twins import WHOLE
-from tests.inprocess import InProcessSwarm, span_of
+from tests.inprocess import STEADY, InProcessSwarm, span_of
 from tests.models.tiny import LAYERS, tiny_model
 
 TARGETS = ["q_proj", "v_proj", "o_proj", "query_key_value"]  # those that a family has
@@ -311,3 +312,22 @@ def test_an_adapter_that_is_too_large_for_servers_is_said() -> None:
         pair.model.add_adapter(lora())
         with pytest.raises(UsageError, match="does not take this adapter"):
             pair.model(**texts(rows=1, tokens=6))
+        begun = perf_counter()
+        with pytest.raises(UsageError, match=r"does not take this adapter.* lower rank"):
+            pair.model.generate(prompt(), **GREEDY)
+        assert perf_counter() - begun < STEADY.recovery / 2  # not after looking for others
+        assert not pair.swarm.router.failures  # without it they are as good as before
+        take_back(pair)
+
+
+def test_who_has_no_room_for_an_adapter_is_passed_by() -> None:
+    pair = Pair("llama", seed=92, replicas=2)
+    for server in pair.swarm.servers[:3]:
+        server.handler._loans.stock = Stock(1000)
+    with pair.swarm:
+        for model in (pair.local, pair.model):
+            model.add_adapter(lora())
+            learning(model, seed=3)
+        pair.same(prompt())
+        assert not pair.swarm.router.failures
+        take_back(pair)
