@@ -18,8 +18,9 @@ from swarm.models.adapters_shell import phantom_model, phantoms_of
 from swarm.models.bundles import MAX_RANK, Bundles, to_bundle
 from swarm.models.checkpoint import locate
 from swarm.models.loading import frugal_loading
+from swarm.models.manifest import ADAPTER_CONFIG_FILE
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
 
 Live = Mapping[int, BlockAdapter]
 """Factors by block, through which gradients find back to the parameters of PEFT."""
@@ -51,7 +52,7 @@ def bundles_of(live: Live) -> Bundles:
 def find_adapter(source: str, token: str | None = None) -> tuple[str, Path]:
     """Its name, and the folder with its files, from a folder or the Hub. Raises UsageError."""
     name, files = locate(source, None, token)
-    for file in (_CONFIG, _WEIGHTS):
+    for file in (ADAPTER_CONFIG_FILE, _WEIGHTS):
         if file not in files.files:
             raise UsageError(f"{source} has no {file}: give what PEFT's save_pretrained wrote")
         files.path(file)

@@ -33,6 +33,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
 from swarm.errors import CheckpointError
 from swarm.models.manifest import (
+    ADAPTER_CONFIG_FILE,
     CONFIG_FILE,
     digest_files,
     is_sha256,
@@ -204,7 +205,8 @@ def _remembered(note: Path) -> tuple[str, dict[str, RemoteFile]] | None:
 
 def _cached(repo: str, revision: str) -> tuple[str, dict[str, RemoteFile]] | None:
     """What another program left in the cache; a blob of git LFS is named by its SHA-256."""
-    config = _in_cache(repo, CONFIG_FILE, revision)
+    configs = (_in_cache(repo, name, revision) for name in (CONFIG_FILE, ADAPTER_CONFIG_FILE))
+    config = next(filter(None, configs), None)
     if config is None:
         return None
     blobs = {path.name: path.resolve().name for path in config.parent.iterdir()}

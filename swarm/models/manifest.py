@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from swarm.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 

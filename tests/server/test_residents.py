@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants, hf_hub_download
 
 from swarm.errors import ErrorCode, UsageError
 from swarm.messages import Info, Load
@@ -18,6 +19,7 @@ from swarm.server.choice import ServerConfig
 from swarm.server.residents import MAX_RESIDENTS, Shelf, announced
 from tests.client.pairs import Pair, prompt, shell_of
 from tests.client.test_training_lora import another, fresh_local, learning, lora
+from tests.hub import serve
 from tests.inprocess import span_of
 from tests.models.tiny import LAYERS, tiny_model
 
@@ -45,6 +47,21 @@ def test_names_are_short_and_different(poet: Path) -> None:
     for sources in ((poet, poet), (f"more-than-eleven={poet}",), (poet.parent,), ("/nowhere",)):
         with pytest.raises(UsageError):
             shelf(*sources)
+
+
+def test_another_program_s_cache_is_enough(
+    poet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the Hub, without a network: an adapter's repo has no config.json."""
+    with serve({"me/poet": poet}) as hub:
+        hub.use(monkeypatch, tmp_path)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            hf_hub_download("me/poet", file, cache_dir=constants.HF_HUB_CACHE)
+        hub.down = True
+        (folder,) = shelf("me/poet").folders.values()
+    model = tiny_model(FAMILY, SEED)
+    found = read_adapter(model.config, folder, torch.float32)
+    assert found.id == read_adapter(model.config, poet, torch.float32).id
 
 
 def test_there_are_no_more_than_a_server_can_tell_of(poet: Path) -> None:
