@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 from hivemind.dht.routing import DHTID
-from hivemind.p2p import P2P, PeerID
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 
 from swarm.dht import node as node_module
 from swarm.dht.node import DhtNode
@@ -102,6 +102,15 @@ def test_a_node_on_loopback_listens_nowhere_else_and_says_so(swarm: Swarm) -> No
     (address,) = swarm.call(node.visible_addresses())
     assert address.startswith("/ip4/127.0.0.1/tcp/")
     assert address.endswith(f"/p2p/{ALICE.peer_id}")
+
+
+def test_a_node_relays_nothing_for_strangers(swarm: Swarm) -> None:
+    """p2pd does, unless it is told twice not to."""
+    node, stranger = swarm.add(), swarm.add(client_mode=True)
+    them = PeerID.from_base58(node.identity.peer_id)
+    p2p = swarm.call(stranger.p2p())
+    with pytest.raises(P2PDaemonError, match="protocols not supported"):
+        swarm.call(p2p.call_binary_stream_handler(them, "/libp2p/circuit/relay/0.2.0/hop"))
 
 
 def test_forged_records_are_refused_and_hide_nobody(swarm: Swarm) -> None:
