@@ -175,11 +175,17 @@ class Replays:
             self.forget()
             return None
 
+    def settle_on(self, ways: Mapping[int, Way]) -> None:
+        """From now on these serve sessions. What was prepared for them stays, as that may take
+        long; what was recorded does not."""
+        self.ways, self.live = ways, True
+        kept = set(ways.values())
+        self._forwards = {key: made for key, made in self._forwards.items() if key[0] in kept}
+        self._store.recordings.clear()
+
     def forget(self) -> None:
         """Leave all passes to the plain forward."""
-        self.ways = {}
-        self._forwards.clear()
-        self._store.recordings.clear()
+        self.settle_on({})
 
     def _find(self, shape: Shape, way: Way, plain: Forward) -> _Recording:
         kept = self._store.recordings

@@ -97,8 +97,7 @@ def try_out(
             trials.append(trial)
             if trial.pays and trial.ms / trial.plain_ms < best:
                 best, kept[rows] = trial.ms / trial.plain_ms, way
-    replays.forget()
-    replays.ways, replays.live = kept, True
+    replays.settle_on(kept)
     chosen = ", ".join(f"{rows} {way.name}" for rows, way in kept.items()) or "none"
     tried = "; ".join(map(str, trials)) or "nothing could be tried"
     logger.info("passes by rows: %s (%s; in %.0f s)", chosen, tried, clock() - begin)

@@ -38,6 +38,25 @@ class Wrong(Way):
         return wrong
 
 
+class Slow(Way):
+    """Takes minutes to prepare, hence only once."""
+
+    name = "slow"
+    quick = False
+
+    def __init__(self) -> None:
+        self.prepared = self.runs = 0
+
+    def prepare(self, forward: Forward) -> Forward:
+        self.prepared += 1
+
+        def run(hidden: Tensor, work: FixedPass) -> Tensor:
+            self.runs += 1
+            return forward(hidden, work)
+
+        return run
+
+
 class Raising(Way):
     """Where there is no C++ compiler, say."""
 
@@ -86,6 +105,16 @@ def test_what_is_exact_and_quicker_is_kept(span: Span) -> None:
     assert span.replays.live
     assert torch.allclose(answer(span), before, atol=1e-5)
     assert span.store.used == 0
+
+
+def test_what_took_long_to_prepare_serves_sessions_afterwards(span: Span) -> None:
+    before = answer(span)
+    try_out(span, [slow := Slow(), unused := Slow()], (1,), ticking(2.0, 1.0))
+    assert span.replays.ways == {1: slow}
+    runs = slow.runs
+    assert torch.allclose(answer(span), before, atol=1e-5)
+    assert (slow.prepared, slow.runs) == (1, runs + 1)
+    assert unused not in {way for way, _ in span.replays._forwards}
 
 
 def test_what_is_as_quick_is_not_kept(span: Span) -> None:
