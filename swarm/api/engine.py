@@ -23,6 +23,7 @@ from swarm.web import HttpProblem
 _CHARACTERS = 4  # per token, about: longer texts are looked at in parts first
 _AT_A_CUT = 16  # tokens more than in the whole, at most, where a text is cut in two
 _TOKENIZING = 2  # threads: of any number of requests, so many prompts are read at a time
+_COLDEST = 1e-5  # temperature, below which the likeliest token is all there is: logits overflow
 
 
 class Stream(Protocol):
@@ -136,7 +137,7 @@ class Engine:
                 if value is not None:
                     options[name] = value
                     break
-        options["do_sample"] = options["temperature"] > 0
+        options["do_sample"] = options["temperature"] >= _COLDEST
         if not options["do_sample"]:
             options = {"do_sample": False}
         if asked.repetition_penalty is not None:

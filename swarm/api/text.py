@@ -13,12 +13,17 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Detokenizer:
-    """Gives each character once it is complete. `decode` leaves special tokens out."""
+    """Gives each character once it is complete. `decode` leaves special tokens out.
 
-    def __init__(self, decode: Decode) -> None:
+    `before` are the ids that the text goes on from: many tokenizers leave the blank out with which
+    the first token begins.
+    """
+
+    def __init__(self, decode: Decode, before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # the last ones: some that were shown, and all that were not
-        self._shown = 0  # so many of them
+        # The last ones: some that were shown, and all that were not.
+        self._ids = list(before[-_CONTEXT:])
+        self._shown = len(self._ids)  # so many of them
 
     def add(self, token: int) -> str:
         self._ids.append(token)

@@ -72,7 +72,8 @@ async def write(
         watch = _Watch(stream, index, items.put_nowait)
         watching = asyncio.create_task(watch.keep_looking()) if travels else None
         try:
-            async with aclosing(_pieces(engine, stream, asked, index, count)) as pieces:
+            before = prompts[index // choices].ids
+            async with aclosing(_pieces(engine, stream, asked, index, before, count)) as pieces:
                 async for piece in pieces:
                     if travels:
                         watch.look()
@@ -102,10 +103,15 @@ async def write(
 
 
 async def _pieces(
-    engine: Engine, stream: Stream, asked: Asked, choice: int, count: Callable[[int], object]
+    engine: Engine,
+    stream: Stream,
+    asked: Asked,
+    choice: int,
+    before: Sequence[int],
+    count: Callable[[int], object],
 ) -> AsyncGenerator[Piece]:
-    """One for every token, and a last one that says why it is the last."""
-    text, stopper = Detokenizer(engine.decode), Stopper(asked.stops)
+    """One for every token behind those `before`, and a last one that says why it is the last."""
+    text, stopper = Detokenizer(engine.decode, before), Stopper(asked.stops)
     finish: Finish = "length"
     async for token in stream:
         count(1)

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from swarm.api import app
+from swarm.api.engine import Engine
 from swarm.api.keys import Grant
 from swarm.errors import NoRoute, PeerUnavailable
 from tests.api.site import KEY, Script, client, fake_api, serving, tokenizer
@@ -166,6 +167,17 @@ def test_completions(site: Site) -> None:
     assert script.asked[-1]["ids"] == ids
     chunks = ask.completions.create(model="fake", prompt="In the", stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == " of the world"
+
+
+def test_a_text_goes_on_with_a_blank_where_decoding_leaves_the_first_one_out(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SentencePiece's tokenizers do: Llama 2's, Mistral's, Gemma's."""
+    _, ask = site
+    whole = Engine.decode
+    monkeypatch.setattr(Engine, "decode", lambda *given: whole(*given).removeprefix(" "))
+    answer = ask.completions.create(model="fake", prompt="In the beginning")
+    assert answer.choices[0].text == " of the world"
 
 
 def test_every_parameter_arrives(site: Site) -> None:

@@ -34,6 +34,7 @@ def refusal(kind: type[Asked], body: bytes) -> dict[str, Any]:
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"n": 0}, "n"),
         ({"n": 10**9}, "n"),
         ({"n": 1.5}, "n"),

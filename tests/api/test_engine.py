@@ -101,11 +101,13 @@ def test_what_is_not_asked_for_is_as_the_makers_recommend() -> None:
     asyncio.run(begin())
     asyncio.run(begin(temperature=0.9, top_k=0))
     asyncio.run(begin(temperature=0))
-    first, second, greedy = script.asked
+    asyncio.run(begin(temperature=1e-40))  # logits divided by it are no numbers any more
+    first, second, greedy, cold = script.asked
     assert first.items() >= {"temperature": 0.6, "top_k": 20, "top_p": 0.95}.items()
     assert second.items() >= {"temperature": 0.9, "top_k": 0, "top_p": 0.95}.items()
     assert greedy["do_sample"] is False
     assert "temperature" not in greedy
+    assert cold["do_sample"] is False
 
 
 def test_penalties_are_openai_s() -> None:
