@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar, cast
+
+from swarm.errors import UsageError
 
 T = TypeVar("T")
 
@@ -66,6 +69,7 @@ class BackgroundLoop:
     _shared_lock = threading.Lock()
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._loop = _new_loop()
         self._spawned: set[asyncio.Task[object]] = set()
         self._thread = threading.Thread(target=self._run, name="swarm-loop", daemon=True)
@@ -74,8 +78,13 @@ class BackgroundLoop:
 
     @classmethod
     def shared(cls) -> BackgroundLoop:
-        """The process's one background loop, started when first asked for."""
+        """The process's one background loop, started when first asked for. Raises UsageError."""
         with cls._shared_lock:
+            if cls._shared is not None and cls._shared._process != os.getpid():
+                raise UsageError(
+                    "this process was forked from one that uses a swarm, and cannot use its "
+                    "connections: have it spawned (multiprocessing_context='spawn' of a DataLoader)"
+                )
             if cls._shared is None or not cls._shared._thread.is_alive():
                 cls._shared = cls()
             return cls._shared

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from swarm.errors import UsageError
 from swarm.loop import BackgroundLoop, run
 from tests.waits import wait_until
 
@@ -45,6 +46,15 @@ def test_many_threads_share_one_loop(loop: BackgroundLoop) -> None:
             2 * i for i in range(50)
         ]
     assert BackgroundLoop.shared() is BackgroundLoop.shared()
+
+
+def test_a_fork_is_told_instead_of_waiting_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a DataLoader's workers: there is no thread behind the loop."""
+    BackgroundLoop.shared()
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(UsageError, match="spawn"):
+        BackgroundLoop.shared()
 
 
 def test_errors_reach_the_caller(loop: BackgroundLoop) -> None:
