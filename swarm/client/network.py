@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -368,19 +369,22 @@ class SwarmNetwork:
         return self.loop.call(ask(self.transport, self.access, endpoint, timeout))
 
     def numerics(self, router: ModelRouter, dtype: DType | None) -> Numerics:
-        """What to compute in: `dtype`, or whatever covers most blocks of the model."""
+        """What to compute in: `dtype`, or whatever covers most blocks of the model; if several do,
+        what most servers compute in, since any one may claim to have all blocks."""
         if dtype is not None:
             return Numerics(dtype=dtype)
         view = router.view
         covered: dict[Numerics, set[int]] = {}
+        servers = Counter[Numerics]()
         for record in (server.record for server in view.servers):
             if record.state is ServerState.ONLINE:
                 blocks = covered.setdefault(record.numerics, set())
                 blocks.update(range(record.blocks.start, record.blocks.end))
+                servers[record.numerics] += 1
         if not covered:
             raise NoRoute(
                 f"nobody serves {view.model} in this swarm; check that you have the same "
                 f"files as its servers, or start one: swarm-server {view.model.name} "
                 f"--blocks 0:{view.num_blocks}"
             )
-        return max(covered, key=lambda numerics: (len(covered[numerics]), numerics.dtype))
+        return max(covered, key=lambda n: (len(covered[n]), servers[n], n.dtype))

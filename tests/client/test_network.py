@@ -2,17 +2,18 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from swarm.client.hop import Terms
-from swarm.client.network import ModelRouter
+from swarm.client.network import ModelRouter, SwarmNetwork
 from swarm.config import ClientConfig
 from swarm.dht.directory import Directory, SwarmView
 from swarm.dht.memory import MemoryDht
 from swarm.dht.records import ServerState, SignedRecord
 from swarm.errors import NoRoute
-from swarm.types import BlockRange
+from swarm.types import BlockRange, Numerics
 from tests.client.market import MODEL, NUMERICS, book, server
 
 TERMS = Terms(MODEL, NUMERICS, hidden_size=4096, batch_size=2, max_length=512)
@@ -64,6 +65,16 @@ def test_routes_use_whom_the_client_allows_and_nobody_it_has_blocked() -> None:
     allowing = ClientConfig(allowed_servers=frozenset({"fast"}))
     with pytest.raises(NoRoute, match=r"8:16 of tiny are held only by servers that this client"):
         router(slow, fast, tail, config=allowing).route(BOTH, TERMS)
+
+
+def test_one_liar_does_not_decide_what_all_compute_in() -> None:
+    half = Numerics(dtype="bfloat16")
+    honest = [server("head", "0:8", numerics=half), server("tail", "8:16", numerics=half)]
+    liar = server("liar", "0:16", numerics=Numerics(dtype="float32"))
+    network: Any = object.__new__(SwarmNetwork)
+    assert network.numerics(router(*honest, liar), None) == half
+    alone = network.numerics(router(honest[0], liar), None)
+    assert alone.dtype == "float32", "the other one has not all blocks"
 
 
 def test_the_prompt_decides_if_it_is_known() -> None:
