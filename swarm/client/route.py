@@ -27,7 +27,9 @@ from swarm.messages import HandOver, PushTarget
 from swarm.transport import Endpoint, Transport
 from swarm.types import BlockRange
 
-_CANDIDATES = 4  # to take over from a server that leaves
+# To take over from a server that leaves: those that died in the last minute and a half, of whom
+# there may be some, are still announced.
+_CANDIDATES = 8
 _COPIES = 2  # ahead of a hand-over: what came to it during the first one takes the second
 _FEW = 32  # positions that may be left for the pause
 _OPENING = 1.0  # seconds for a server to open a session, besides ten round trips

@@ -19,7 +19,7 @@ from swarm.types import BlockRange
 logger = logging.getLogger(__name__)
 
 _LAG = 8  # positions that a standby may lack: one pass of so many costs little more than of one
-_AGAIN = 30.0  # seconds until somebody is looked for again, when there was nobody or they were lost
+_AGAIN = 5.0  # seconds until somebody is looked for again, when there was nobody or they were lost
 
 Find = Callable[[BlockRange, frozenset[str], "Standby"], Awaitable[Hop | None]]
 """Opens an empty session for all of these blocks at one server, but not at these peers."""

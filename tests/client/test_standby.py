@@ -152,6 +152,16 @@ def test_a_session_that_outgrows_its_reservation_gets_larger_ones() -> None:
         twin.step()
 
 
+def test_those_who_died_lately_are_passed_by() -> None:
+    """Their records outlive them by a minute and a half, and they look like good choices."""
+    with House(spans=(*THIRDS, *THIRDS[1:2] * 6, *THIRDS)) as house, attended(house) as twin:
+        for dead in house.servers[3:9]:
+            house.swarm.cut(dead)
+        twin.step(LONG)
+        twin.step()
+        trailing(twin)
+
+
 def test_texts_with_nobody_to_stand_by_are_as_without() -> None:
     with House(spans=THIRDS) as house, attended(house) as twin:
         twin.step(LONG)
