@@ -33,7 +33,7 @@ from swarm.fields import (
     TraceParent,
     as_tuple,
 )
-from swarm.messages_training import Bundle, Lend, Lent, Piece, Train, Trained
+from swarm.messages_training import Back, Bundle, Lend, Lent, Piece, Train, Trained
 from swarm.types import Codec
 
 HAND_OVER = "hand_over"  # the capability
@@ -255,6 +255,7 @@ Message = (
     | Train
     | Piece
     | Trained
+    | Back
     | Lend
     | Lent
     | Bundle

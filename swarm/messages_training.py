@@ -21,6 +21,8 @@ from swarm.fields import (
 )
 from swarm.types import DTYPE_BYTES, Codec
 
+KEEP = "keep"  # the capability: what went forward may go back by the same stream
+
 
 class TensorSpec(Frozen):
     """What a tensor will be that follows in pieces."""
@@ -36,7 +38,8 @@ class TensorSpec(Frozen):
 class Train(Opening):
     """Client to server, first on a session stream: run a batch through blocks `[start, end)`, or
     (`backward`) gradients back through them. After `opened` all `tensors` follow in pieces; then
-    the answer comes in pieces, and `trained`. Nothing outlives the stream.
+    the answer comes in pieces, and `trained`. Nothing outlives the stream. Forward, with capability
+    `keep` on both sides, `back` may follow.
 
     `hidden` is [B, T, H], `gradient` (of what `hidden` becomes) likewise, `position_ids` and
     `padding` as in a step, `prompts` [end - start, P, H]: added to the first P positions of what
@@ -48,6 +51,17 @@ class Train(Opening):
     backward: bool = False
     tensors: Annotated[dict[ShortText, TensorSpec], Field(max_length=8)]
     adapter: Digest | None = None  # as in `open`
+    deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 600_000
+
+
+class Back(Frozen):
+    """Client to server, after `trained`, where both can `keep`: gradients back through what went
+    forward on this stream. After `opened` the `gradient` follows, and the answer as for `train`.
+
+    A server that does not keep it any more says `refused`, `unknown_session`, at any time.
+    """
+
+    kind: Literal["back"] = "back"
     deadline_ms: Annotated[int, Field(ge=1, le=86_400_000)] = 600_000
 
 

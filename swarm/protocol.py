@@ -14,6 +14,7 @@ from swarm.fields import Opening
 from swarm.messages import (
     PROTOCOL_VERSION,
     Attach,
+    Back,
     Bundle,
     Close,
     HandedOver,
@@ -85,17 +86,17 @@ PUSH: Table = {
 
 TRAINING: Table = {
     Phase.NEW: {Train: Phase.OPEN},
-    Phase.OPEN: {Piece: Phase.OPEN, Close: Phase.CLOSED},
+    Phase.OPEN: {Piece: Phase.OPEN, Back: Phase.OPEN, Close: Phase.CLOSED},
     Phase.CLOSED: {},
 }
 """Client to server, on a session stream that begins with Train."""
 
 TRAINED: Table = {
     Phase.NEW: {Opened: Phase.OPEN, Refused: Phase.CLOSED},
-    Phase.OPEN: {Piece: Phase.OPEN, Trained: Phase.CLOSED, Refused: Phase.CLOSED},
+    Phase.OPEN: {Piece: Phase.OPEN, Trained: Phase.NEW, Refused: Phase.CLOSED},
     Phase.CLOSED: {},
 }
-"""Server to client, there."""
+"""Server to client, there: once, and once more if the client goes back."""
 
 LENDING: Table = {
     Phase.NEW: {Lend: Phase.OPEN},

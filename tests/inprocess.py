@@ -304,6 +304,9 @@ class InProcessSwarm:
                 lambda handler=handler: not (len(handler._loans.stock) or handler._training)
             )
             handler._loans.stock.check_integrity()
+            keeping = handler._training.keeping
+            self.wait_until(lambda keeping=keeping: keeping.used == 0)
+            keeping.check_integrity()
             assert server.handler.load().queue == 0
         self.wait_until(lambda: asyncio.all_tasks() - self._strangers == {asyncio.current_task()})
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.messages import (
     Attach,
+    Back,
     Bundle,
     Close,
     Credentials,
@@ -135,6 +136,7 @@ MESSAGES: list[Message] = [
     Bundle(block=0, start=0, data=b"x"),
     Piece(name="hidden", start=0, rows=tensor(1, 1)),
     Trained(),
+    Back(),
     InfoRequest(nonce=b"n" * 16, credentials=Credentials(public_key=b"", signature=b"")),
     Info(record=b"r", load=Load()),
 ]

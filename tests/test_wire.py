@@ -16,6 +16,7 @@ from swarm import messages
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
 from swarm.messages import (
     Attach,
+    Back,
     Bundle,
     Close,
     Credentials,
@@ -187,6 +188,7 @@ EVERY: dict[type[Message], st.SearchStrategy[Message]] = {
     Bundle: st.builds(Bundle, block=blocks, start=counts, data=st.binary(min_size=1, max_size=99)),
     Piece: st.builds(Piece, name=texts, start=counts, rows=tensors()),
     Trained: st.builds(Trained, compute_ms=durations, load=loads),
+    Back: st.builds(Back, deadline_ms=st.integers(1, 86_400_000)),
     InfoRequest: st.builds(
         InfoRequest, nonce=ids, credentials=credentials, padding=st.binary(max_size=64)
     ),

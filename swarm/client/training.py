@@ -1,27 +1,27 @@
 """Gradients through remote blocks: `loss.backward()` as if they were here.
 
-A batch is cut into parts by rows, and each part goes its own way from server to server. Servers
-remember nothing: what entered every hop stays here, and goes there once more with the gradients.
-So whatever a server owed when it died is asked of another one, and nothing else.
+A batch is cut into parts by rows, and each part goes its own way from server to server. What
+entered every hop stays here. A server that still has its graphs is sent the gradients alone; any
+other one gets both, so whatever a server owed when it died is asked of another one, nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil, inf
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from swarm.client.hop import Terms, endpoint_of
-from swarm.client.training_hop import Post
+from swarm.client.training_hop import Held, Post
 from swarm.client.training_loans import Lender, Loans
-from swarm.client.training_plan import BACKWARD, Leg, Workers
+from swarm.client.training_plan import BACKWARD, RETURN, Leg, Workers
 from swarm.dht.records import SignedRecord
 from swarm.errors import ErrorCode, NoRoute, RemoteProtocolError, SwarmError, UsageError
 from swarm.loop import BackgroundLoop
@@ -82,6 +82,7 @@ class Batch:
     inputs: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     prompts: Tensor | None = None
     adapted: Adapted | None = None
+    returns: bool = False  # gradients are expected to come back
 
     def rows(self, begin: int, end: int) -> Batch:
         inputs = {name: value[begin:end] for name, value in self.inputs.items()}
@@ -109,8 +110,17 @@ class Batch:
         return answer | (self.adapted.within(self.blocks) if self.adapted else {})
 
 
-Trail = list[Batch]
-"""What a part was when it entered each hop."""
+class Stop(NamedTuple):
+    """What a part was when it entered a hop, and who may still have what became of it there."""
+
+    entering: Batch
+    held: Held | None = None
+
+
+Trail = list[Stop]
+"""Of all hops of a part."""
+
+Answer = tuple[Mapping[str, Tensor], Held | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +140,7 @@ class TrainingClient:
 
     async def backward(self, trails: list[Trail], gradient: Tensor) -> Mapping[str, Tensor]:
         """`gradient` by what entered the first block, by all `prompts` and factors of adapters."""
-        sizes = [trail[0].hidden.shape[0] for trail in trails]
+        sizes = [trail[0].entering.hidden.shape[0] for trail in trails]
         parts = zip(trails, gradient.split(sizes), strict=True)
         done = await _together([self._backward(list(trail), part) for trail, part in parts])
         result = {"gradient": torch.cat([part.pop("gradient") for part in done])}
@@ -164,8 +174,8 @@ class TrainingClient:
             entering = part.at(leg.blocks, hidden)
             answer = await self._ask(leg, entering, None)
             if answer is not None:
-                trail.append(entering)
-                hidden, at = answer["hidden"], leg.blocks.end
+                trail.append(Stop(entering, answer[1]))
+                hidden, at = answer[0]["hidden"], leg.blocks.end
                 search = _Search(self)
         return hidden, trail
 
@@ -174,10 +184,11 @@ class TrainingClient:
         result: dict[str, Tensor] = {}
         search = _Search(self)
         while trail:
-            entering = trail[-1]
+            entering, held = trail[-1]
+            held = None if held is None or held.asked else held
             servers, blocks = self.market.holders(self.post.terms), entering.blocks
             tokens = entering.hidden.shape[0] * entering.hidden.shape[1]
-            leg = self.workers.holder(servers, blocks, ceil(BACKWARD * tokens))
+            leg = held.leg if held else self.workers.holder(servers, blocks, BACKWARD * tokens)
             if leg is None:
                 if self.workers.next_leg(servers, blocks, tokens) is None:
                     await search.wait(blocks)
@@ -185,26 +196,30 @@ class TrainingClient:
                     _, finer = await self._forward(entering)
                     trail[-1:] = finer
                 continue
-            answer = await self._ask(leg, entering, gradient)
+            answer = await self._ask(leg, entering, gradient, held)
             if answer is not None:
                 trail.pop()
-                result |= answer
-                gradient = answer["gradient"]
-                learnt.extend(answer[name] for name in answer if name == "prompts")
+                found, _ = answer
+                result |= found
+                gradient = found["gradient"]
+                learnt.extend(found[name] for name in found if name == "prompts")
                 search = _Search(self)
         return result | ({"prompts": torch.cat(learnt[::-1])} if learnt else {})
 
     async def _ask(
-        self, leg: Leg, part: Batch, gradient: Tensor | None
-    ) -> Mapping[str, Tensor] | None:
-        """The answer; None: that server failed. Raises UsageError, RemoteProtocolError."""
+        self, leg: Leg, part: Batch, gradient: Tensor | None, held: Held | None = None
+    ) -> Answer | None:
+        """The answer, perhaps by the short way, and perhaps a short way back. None: that server
+        failed, or there is no short way any more. Raises UsageError, RemoteProtocolError."""
         rows, length, _ = part.hidden.shape
-        tokens = rows * length * (1.0 if gradient is None else BACKWARD)
+        tokens = rows * length * (1.0 if gradient is None else RETURN if held else BACKWARD)
         clock = asyncio.get_running_loop().time
         begin, work = clock(), self.workers.give(leg, tokens)
         try:
-            answer = await self._send(leg, part, gradient)
+            answer = await self._send(leg, part, gradient, held)
         except RemoteProtocolError as error:
+            if held is not None:
+                return None
             if error.code is ErrorCode.OVERSIZE and rows > 1:
                 return await self._halves(leg, part, gradient)
             if error.code is ErrorCode.OVERSIZE:
@@ -226,14 +241,19 @@ class TrainingClient:
         finally:
             self.workers.take(leg, work)
 
-    async def _send(self, leg: Leg, part: Batch, gradient: Tensor | None) -> Mapping[str, Tensor]:
+    async def _send(
+        self, leg: Leg, part: Batch, gradient: Tensor | None, held: Held | None
+    ) -> Answer:
         """Raises PeerUnavailable, RemoteProtocolError, UsageError."""
-        tensors = part.tensors | ({} if gradient is None else {"gradient": gradient})
         answer, peer_id = part.answer(backward=gradient is not None), leg.server.record.peer_id
+        if held is not None and gradient is not None:
+            return await held.back(gradient, answer), None
+        tensors = part.tensors | ({} if gradient is None else {"gradient": gradient})
+        keep = part.returns and gradient is None
         for last in (False, True):
             try:
                 async with self._adapter(leg, part.adapted) as adapter:
-                    return await self.post.ask(leg, tensors, adapter, answer)
+                    return await self.post.ask(leg, tensors, adapter, answer, keep=keep)
             except RemoteProtocolError as error:
                 if last or part.adapted is None or error.code is not ErrorCode.UNKNOWN_ADAPTER:
                     raise
@@ -247,25 +267,15 @@ class TrainingClient:
             yield None
             return
         server, lender = leg.server.record, self.lender
-        async with AsyncExitStack() as stack:
-            loan = self.loans.lent(lender, server, adapted.bundles, leg.blocks)
-            try:
-                name = await stack.enter_async_context(loan)
-            except RemoteProtocolError as error:
-                if error.code not in (ErrorCode.OVERSIZE, ErrorCode.BAD_ADAPTER):
-                    raise
-                where = endpoint_of(server)
-                raise UsageError(f"{where} does not take this adapter: {error}") from None
+        async with self.loans.lent(lender, server, adapted.bundles, leg.blocks) as name:
             yield name
 
     def _blame(self, leg: Leg, error: SwarmError) -> None:
         self.loans.lost(leg.server.record.peer_id)
         self.market.failed(endpoint_of(leg.server.record), error)
 
-    async def _halves(
-        self, leg: Leg, part: Batch, gradient: Tensor | None
-    ) -> Mapping[str, Tensor] | None:
-        """One after the other."""
+    async def _halves(self, leg: Leg, part: Batch, gradient: Tensor | None) -> Answer | None:
+        """One after the other, and no short way back."""
         rows = part.hidden.shape[0]
         answers: list[Mapping[str, Tensor]] = []
         for ends in ((0, rows // 2), (rows // 2, rows)):
@@ -273,12 +283,12 @@ class TrainingClient:
             answer = await self._ask(leg, part.rows(*ends), own)
             if answer is None:
                 return None
-            answers.append(answer)
+            answers.append(answer[0])
         one, two = answers
         return {
             name: torch.cat([one[name], two[name]]) if name in _ROWS else one[name] + two[name]
             for name in one
-        }
+        }, None
 
 
 class _Search:
@@ -371,5 +381,7 @@ def pass_through(
                 factors |= {f"{block}.{name}": t for name, t in live[block].tensors.items()}
         shapes = {name: spec_of(tensor) for name, tensor in factors.items()}
         adapted = Adapted(bundles_of(live), shapes) if factors else None
-    batch = Batch(blocks, own, inputs, deep, adapted)
+    learning = [hidden, *factors.values(), *([] if prompts is None else [prompts])]
+    returns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learning)
+    batch = Batch(blocks, own, inputs, deep, adapted, returns)
     return cast(Tensor, _Passage.apply(client, batch, hidden, prompts, *factors.values()))

@@ -15,7 +15,9 @@ from swarm.types import BlockRange
 _UNKNOWN = 1e-3  # seconds per token and block, of a server that says nothing about its speed
 _HOP = 0.02  # seconds that a hop costs beside computing
 _MEMORY = 0.7  # weight of what was known of a speed when a request has been measured
-BACKWARD = 3.0  # passes that going back takes: forward once more, and twice that for gradients
+# Passes that going back takes. Weights are frozen, so that gradients cost as much as one forward...
+RETURN = 1.0
+BACKWARD = 2.0  # ...and where no graphs were kept, it is forward once more first.
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Workers:
         return best.get(blocks.end, (0.0, None))[1]
 
     def holder(
-        self, servers: Sequence[SignedRecord], blocks: BlockRange, tokens: int
+        self, servers: Sequence[SignedRecord], blocks: BlockRange, tokens: float
     ) -> Leg | None:
         """Who has all of `blocks` and would be through with them first; None: nobody has."""
         legs = [Leg(s, blocks) for s in servers if s.record.blocks.contains(blocks)]

@@ -6,6 +6,7 @@ Weights are frozen: only what the batch brought with it has gradients.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -44,6 +45,14 @@ class Batch:
     prompts: Tensor | None = None
     adapter: Adapter = field(default_factory=dict[int, BlockAdapter])
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors, those of the adapter included."""
+        given = [self.hidden, self.gradient, self.position_ids, self.padding, self.prompts]
+        for block in self.adapter.values():
+            given.extend(block.tensors.values())
+        return sum(tensor.nbytes for tensor in given if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
@@ -55,6 +64,11 @@ class _Slice:
     prompts: Sequence[Tensor]  # one for each block, or none
     adapter: Adapter
 
+    @property
+    def nbytes(self) -> int:
+        given = (self.hidden, *self.inputs.values(), *self.prompts)
+        return sum(tensor.nbytes for tensor in given if tensor is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
@@ -64,6 +78,48 @@ class _Graph:
     entered: Tensor
     leaves: Mapping[str, Tensor]
     output: Tensor
+
+
+@dataclass(slots=True)
+class _Climb:
+    """A slice that went forward: of each block its graph, or what entered it."""
+
+    part: _Slice
+    steps: list[_Graph | Tensor]
+    nbytes: float  # of all that
+
+    @property
+    def rows(self) -> int:
+        return self.part.hidden.shape[0]
+
+
+@dataclass(slots=True)
+class Kept:
+    """What is kept of a batch that went forward, for its way back: graphs of its first rows, of at
+    most `room` bytes."""
+
+    room: int = 0
+    nbytes: float = 0.0
+    climbs: deque[_Climb] = field(default_factory=deque[_Climb])
+
+    def add(self, climb: _Climb) -> None:
+        """The next slice."""
+        self.climbs.append(climb)
+        self.nbytes += climb.nbytes
+
+    def take(self, most: int) -> _Climb | None:
+        """The next slice. None: there is none of at most that many rows, and nothing is kept."""
+        if not self.climbs or self.climbs[0].rows > most:
+            self.clear()
+            return None
+        climb = self.climbs.popleft()
+        self.nbytes -= climb.nbytes
+        return climb
+
+    def clear(self) -> None:
+        """Free all, and keep nothing from now on."""
+        self.climbs.clear()
+        self.room, self.nbytes = 0, 0.0
 
 
 class SpanTraining:
@@ -84,25 +140,39 @@ class SpanTraining:
         """Whether one text of so many tokens can go back through one block."""
         return self._bytes(1, tokens) <= self._budget
 
-    def run(self, batch: Batch, width: Callable[[], int]) -> Units:
+    def keeping(self, batch: Batch) -> int:
+        """About how many bytes are to be kept of a batch for its way back, itself included."""
+        rows, tokens, _ = batch.hidden.shape
+        blocks = len(batch.blocks)
+        inputs = batch.nbytes + (blocks + 1) * batch.hidden.nbytes
+        return batch.nbytes + inputs + int((blocks + 1) * self._bytes(rows, tokens))
+
+    def run(self, batch: Batch, width: Callable[[], int], kept: Kept | None = None) -> Units:
         """`hidden` forwards; else `gradient` of the input, and of `prompts` if there are any.
 
         Asks `width` before each slice how many tokens it should have; a slice has one text at
-        least. Must be advanced outside of inference mode.
+        least. Forwards fills `kept`, and backwards empties it. Must be advanced outside of
+        inference mode.
         """
         output = torch.empty_like(batch.hidden)
         learnt: dict[str, Tensor] = {}
         rows, tokens, _ = batch.hidden.shape
+        kept = kept or Kept()
         begin = 0
         while begin < rows:
-            end = begin + self._rows(rows - begin, tokens, width())
-            part = self._slice(batch, begin, end)
+            most = self._most(rows - begin, tokens, width())
             if batch.gradient is None:
-                output[begin:end] = yield from self._forward(part)
+                found = yield from self._forward(self._slice(batch, begin, most), kept)
             else:
-                gradient = batch.gradient[begin:end].to(self._span.device)
-                output[begin:end] = yield from self._backward(part, gradient, learnt)
-            begin = end
+                climb = kept.take(most)
+                if climb is None:
+                    part = self._slice(batch, begin, most)
+                    climb, _ = yield from self._climb(part, self._budget)
+                gradient = batch.gradient[begin : begin + climb.rows].to(self._span.device)
+                found = yield from self._descend(climb, gradient, learnt)
+                del climb
+            output[begin : begin + len(found)] = found
+            begin += len(found)
             yield True
         if batch.gradient is None:
             return {"hidden": output}
@@ -112,18 +182,22 @@ class SpanTraining:
         found = {name: tensor.cpu() for name, tensor in learnt.items()}
         return {"gradient": output} | found
 
-    def _rows(self, left: int, tokens: int, width: int) -> int:
+    def _most(self, left: int, tokens: int, width: int) -> int:
+        """Texts of a slice, of `left` ones."""
         if self._span.takes_whole_steps:  # its numbers follow the longest of all rows
             return left
-        fitting = int(self._budget // self._bytes(1, tokens))
-        return max(1, min(left, width // tokens, fitting))
+        return max(1, min(left, width // tokens))
 
     def _bytes(self, rows: int, tokens: int) -> float:
         """Of the graph of one block."""
         return rows * tokens * (self._linear + self._square * tokens)
 
-    def _slice(self, batch: Batch, begin: int, end: int) -> _Slice:
-        device = self._span.device
+    def _slice(self, batch: Batch, begin: int, most: int) -> _Slice:
+        """At most so many rows: as many of them as have room for a block's graph."""
+        device, end = self._span.device, begin + most
+        if not self._span.takes_whole_steps:
+            fitting = int(self._budget // self._bytes(1, batch.hidden.shape[1]))
+            end = begin + max(1, min(most, fitting))
 
         def part(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[begin:end].to(device)
@@ -137,8 +211,15 @@ class SpanTraining:
         hidden = cast(Tensor, part(batch.hidden))
         return _Slice(batch.blocks, hidden, inputs, prompts, batch.adapter)
 
-    def _forward(self, part: _Slice) -> Generator[bool, None, Tensor]:
+    def _forward(self, part: _Slice, kept: Kept) -> Generator[bool, None, Tensor]:
         hidden = part.hidden
+        if kept.room > kept.nbytes:
+            climb, hidden = yield from self._climb(part, min(self._budget, kept.room - kept.nbytes))
+            if any(isinstance(step, _Graph) for step in climb.steps):
+                kept.add(climb)
+            else:  # it is full; what is kept has to be of the first rows
+                kept.room = 0
+            return hidden
         for index in range(len(part.blocks)):
             hidden = self._block(part, index, hidden)
             yield False
@@ -163,27 +244,34 @@ class SpanTraining:
             hidden = hidden + torch.nn.functional.pad(prompts, (0, 0, 0, rest))
         return self._span.run_freely(block, hidden, adapter, **part.inputs)
 
-    def _backward(
-        self, part: _Slice, gradient: Tensor, learnt: dict[str, Tensor]
-    ) -> Generator[bool, None, Tensor]:
-        """Graphs of as many blocks as fit are made at once; of the others only the input is kept,
-        and they are computed again."""
+    def _climb(self, part: _Slice, room: float) -> Generator[bool, None, tuple[_Climb, Tensor]]:
+        """Forward, and what that gives, with graphs of as many blocks as fit into `room` bytes; of
+        the others only the input is kept, and they are computed again."""
         hidden, last = part.hidden, len(part.blocks) - 1
         rows, tokens, _ = hidden.shape
-        kept: list[_Graph | Tensor] = []
-        held = 0.0
+        climb = _Climb(part, [], part.nbytes + (last + 1) * hidden.nbytes)
         for index in range(last + 1):
-            if held + (1 if index == last else 2) * self._bytes(rows, tokens) <= self._budget:
+            climb.steps.append(hidden)
+            graphs = 1 if index == last else 2  # one is free for those that are computed again
+            if climb.nbytes + graphs * self._bytes(rows, tokens) <= room:
                 graph, size = self._graph(part, index, hidden)
-                held += size
-                kept.append(graph)
+                if climb.nbytes + size <= room:
+                    climb.nbytes += size
+                    climb.steps[-1] = graph
                 hidden = graph.output.detach()
+                del graph
             else:
-                kept.append(hidden)
-                hidden = hidden if index == last else self._block(part, index, hidden)
+                hidden = self._block(part, index, hidden)
             yield False
-        for index in range(last, -1, -1):
-            graph = kept.pop()
+        return climb, hidden
+
+    def _descend(
+        self, climb: _Climb, gradient: Tensor, learnt: dict[str, Tensor]
+    ) -> Generator[bool, None, Tensor]:
+        """Back, adding gradients of leaves to what was learnt."""
+        part = climb.part
+        while climb.steps:
+            graph, index = climb.steps.pop(), len(climb.steps)
             if isinstance(graph, Tensor):
                 graph, _ = self._graph(part, index, graph)
             wanted = [graph.entered, *graph.leaves.values()]
@@ -206,7 +294,8 @@ class SpanTraining:
             leaves = adapter.tensors
         if part.prompts:
             leaves[_PROMPTS] = _leaf(part.prompts[index])
-        seen, size = set(self._weights), 0
+        given = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+        seen, size = self._weights | given, 0
 
         def note(tensor: Tensor) -> Tensor:
             nonlocal size

@@ -1,33 +1,74 @@
 """Training for strangers: a batch comes, goes through a span or back, and is forgotten.
 
-Memory for what a request says it will send is promised before it sends it.
+Memory for what a request says it will send is promised before it sends it. Graphs of what went
+forward are kept for the way back while its stream lasts, if there is room: they only save time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import Tensor
 
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode, PeerUnavailable, RemoteProtocolError
-from swarm.messages import MAX_BATCH, MAX_TOKENS, Load, Message, Opened, Piece, Train, Trained
-from swarm.models.adapters import Adapter
+from swarm.messages import (
+    MAX_BATCH,
+    MAX_TOKENS,
+    Back,
+    Close,
+    Load,
+    Message,
+    Opened,
+    Piece,
+    Refused,
+    Train,
+    Trained,
+)
+from swarm.messages_training import KEEP, TensorSpec
 from swarm.models.spans import Span
-from swarm.models.training import Batch, SpanTraining
+from swarm.models.training import Batch, Kept, SpanTraining
 from swarm.pieces import Gathering, in_pieces
 from swarm.protocol import INPUTS, PLANES, TRAINING, Conversation, agree_on_version
 from swarm.server.executor import Executor
 from swarm.server.memory import Admission
+from swarm.server.throughput import free_bytes
+from swarm.server.training_kept import Keeping, Place
 from swarm.server.training_loans import LoanDesk
 from swarm.tensors import DTYPE_NAMES, check_positions
 from swarm.transport import Stream
 from swarm.types import BlockRange
 from swarm.wire import decode, encode
+
+_KEPT_SHARE = 8  # at most that part of free memory for graphs between two requests
+
+
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """A stream that began with `train`; `client` has proven who it is."""
+
+    stream: Stream
+    conversation: Conversation
+    request: Train
+    client: str
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the client may want to go back by it."""
+        return KEEP in self.request.capabilities and not self.request.backward
+
+
+@dataclass(frozen=True, slots=True)
+class _Stay:
+    """A batch that went forward, and may go back."""
+
+    batch: Batch
+    kept: Kept
+    place: Place
 
 
 class TrainingDesk:
@@ -49,7 +90,9 @@ class TrainingDesk:
         self._work = SpanTraining(span, limits.graph_bytes)
         self._admission = Admission(limits.training_bytes, 1.0, limits.max_sessions)
         self._turns: dict[bytes, asyncio.Event] = {}
-        self.served = 0  # requests
+        budget = min(limits.kept_bytes, free_bytes(span.device) // _KEPT_SHARE)
+        self.keeping = Keeping(budget, limits.max_sessions)
+        self.served = 0  # answers
 
     def __len__(self) -> int:
         """Requests that are here now."""
@@ -57,45 +100,94 @@ class TrainingDesk:
 
     async def serve(self, stream: Stream, request: Train, client: str) -> None:
         """Until all is answered; `client` has proven who it is. Raises RemoteProtocolError."""
-        conversation = Conversation(TRAINING)
-        conversation.receive(request)
+        visit = _Visit(stream, Conversation(TRAINING), request, client)
+        visit.conversation.receive(request)
         needed = self._check(request)
-        async with self._room(request.session_id, client, needed):
+        with ExitStack() as leaving:
             with self._loans.borrowed(client, request.adapter, _blocks(request)) as adapter:
-                await self._answer(stream, conversation, request, client, adapter or {})
+                async with self._room(request.session_id, client, needed):
+                    await self._open(visit)
+                    tensors = await self._gather(visit, request.tensors)
+                    batch = replace(_batch(request, tensors), adapter=adapter or {})
+                    stay = self._stay(visit, batch, leaving)
+                    await self._answer(visit, batch, request.deadline_ms, stay)
+            back = await self._until_back(visit, stay) if stay else None
+            if stay is None or back is None:
+                return
+            async with self._room(request.session_id, client, needed):
+                await self._open(visit)
+                tensors = await self._gather(visit, {"gradient": request.tensors["hidden"]})
+                batch = replace(batch, gradient=tensors["gradient"])
+                await self._answer(visit, batch, back.deadline_ms, stay)
 
-    async def _answer(
-        self,
-        stream: Stream,
-        conversation: Conversation,
-        request: Train,
-        client: str,
-        adapter: Adapter,
-    ) -> None:
+    def _stay(self, visit: _Visit, batch: Batch, leaving: ExitStack) -> _Stay | None:
+        """Until `leaving` there is room to keep something of it; None: the client wants nothing."""
+        if not visit.keeps:
+            return None
+        stay = _Stay(batch, Kept(), self.keeping.ask(visit.client, self._work.keeping(batch)))
+        leaving.callback(self._executor.run_soon, stay.kept.clear)
+        leaving.callback(self.keeping.free, stay.place)
+        stay.kept.room = stay.place.nbytes - batch.nbytes
+        return stay
+
+    async def _until_back(self, visit: _Visit, stay: _Stay) -> Back | None:
+        """What the client says when it goes back; None if it does not, or has to come anew."""
+        try:
+            async with asyncio.timeout(self._limits.kept_seconds) as patience:
+
+                def leave() -> None:
+                    self._executor.run_soon(stay.kept.clear)
+                    if not patience.expired():
+                        patience.reschedule(0)
+
+                if stay.kept.nbytes:
+                    nbytes = stay.batch.nbytes + int(stay.kept.nbytes)
+                    self.keeping.settle(stay.place, nbytes, leave)
+                else:
+                    patience.reschedule(0)
+                frame = await visit.stream.receive()
+        except TimeoutError:
+            why = "what went forward is not kept any more: send it again"
+            await self._send(visit, Refused(code=ErrorCode.UNKNOWN_SESSION, message=why))
+            return None
+        self.keeping.use(stay.place)
+        message = None if frame is None else visit.conversation.receive(decode(frame))
+        if message is None or isinstance(message, Close):
+            return None
+        if not isinstance(message, Back):
+            raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, "all of the batch had come")
+        return message
+
+    async def _open(self, visit: _Visit) -> None:
         opened = Opened(
-            protocol=agree_on_version(request),
+            protocol=agree_on_version(visit.request),
+            capabilities=(KEEP,) if visit.keeps else (),
             window=self._limits.window,
             max_step_tokens=self._limits.max_step_tokens,
             load=self._load(),
         )
-        await self._send(stream, opened)
-        batch = replace(await self._gather(stream, conversation, request), adapter=adapter)
+        await self._send(visit, opened)
+
+    async def _answer(
+        self, visit: _Visit, batch: Batch, deadline_ms: int, stay: _Stay | None
+    ) -> None:
+        kept = None if stay is None else stay.kept
         clock = asyncio.get_running_loop().time
         begin = clock()
         try:
-            async with asyncio.timeout(request.deadline_ms / 1000):
+            async with asyncio.timeout(deadline_ms / 1000):
                 result = await self._executor.train(
-                    client, lambda width: self._work.run(batch, width)
+                    visit.client, lambda width: self._work.run(batch, width, kept)
                 )
         except TimeoutError:
             raise RemoteProtocolError(
-                ErrorCode.DEADLINE, f"not computed within {request.deadline_ms} ms"
+                ErrorCode.DEADLINE, f"not computed within {deadline_ms} ms"
             ) from None
-        for piece in in_pieces(result, request.codec):
-            await self._send(stream, piece)
+        for piece in in_pieces(result, visit.request.codec):
+            await self._send(visit, piece)
         self.served += 1
         elapsed = 1e3 * (clock() - begin)
-        await self._send(stream, Trained(compute_ms=elapsed, load=self._load()))
+        await self._send(visit, Trained(compute_ms=elapsed, load=self._load()))
 
     def _check(self, request: Train) -> int:
         """Bytes that it will take here. Raises RemoteProtocolError."""
@@ -135,26 +227,26 @@ class TrainingDesk:
             for other in self._admission.leave(session_id):
                 self._turns[other].set()
 
-    async def _gather(self, stream: Stream, conversation: Conversation, request: Train) -> Batch:
-        gathering = Gathering(request.tensors)
+    async def _gather(self, visit: _Visit, specs: Mapping[str, TensorSpec]) -> Mapping[str, Tensor]:
+        gathering = Gathering(specs)
         while not gathering.complete:
             try:
                 async with asyncio.timeout(self._limits.send_timeout):
-                    frame = await stream.receive()
+                    frame = await visit.stream.receive()
             except TimeoutError:
                 raise RemoteProtocolError(
                     ErrorCode.DEADLINE, "the batch was announced and did not come"
                 ) from None
-            message = None if frame is None else conversation.receive(decode(frame))
+            message = None if frame is None else visit.conversation.receive(decode(frame))
             if not isinstance(message, Piece):
                 raise PeerUnavailable("the client gave up")
             gathering.add(message)
-        return _batch(request, gathering.tensors)
+        return gathering.tensors
 
-    async def _send(self, stream: Stream, message: Message) -> None:
+    async def _send(self, visit: _Visit, message: Message) -> None:
         try:
             async with asyncio.timeout(self._limits.send_timeout):
-                await stream.send(encode(message))
+                await visit.stream.send(encode(message))
         except TimeoutError:
             raise PeerUnavailable("the client does not read its answers") from None
 

@@ -12,7 +12,7 @@ from swarm.client.remote import RemoteCache
 from swarm.config import ServerLimits
 from swarm.errors import NoRoute, UsageError
 from swarm.fakes import Fate
-from swarm.messages import Message, Train
+from swarm.messages import Back, Message, Train
 from tests.client.pairs import Pair, prompt
 from tests.client.twins import WHOLE, House
 from tests.inprocess import STEADY, Server
@@ -74,15 +74,17 @@ def served(*servers: Server) -> list[int]:
 
 
 def test_only_what_the_dead_one_owed_is_done_again() -> None:
-    """Whoever is asked first for gradients of blocks 2:4 dies of the question."""
+    """Whoever is asked for gradients of blocks 2:4 dies of the question."""
     asked: list[Server] = []
     with House("llama") as house:
 
         def fits(source: str, destination: str, method: str, message: Message) -> bool:
-            if not isinstance(message, Train) or not message.backward or message.start != 2:
+            if not isinstance(message, Back):
                 return False
-            asked.extend(server for server in house.servers if server.peer_id == destination)
-            return True
+            server = next(server for server in house.servers if server.peer_id == destination)
+            if server.record.record.blocks.start == 2:
+                asked.append(server)
+            return bool(asked)
 
         async def act() -> Fate | None:
             house.swarm.network.cut(asked[0].endpoint)
@@ -96,6 +98,68 @@ def test_only_what_the_dead_one_owed_is_done_again() -> None:
         output.sum().backward()
         assert [peer_id for peer_id, _ in house.swarm.router.failures] == [asked[0].peer_id]
         assert (before, sum(served(*house.servers))) == (3, 6)
+
+
+def sent(house: House) -> list[tuple[str, bool]]:
+    """What clients ask servers for from now on: the message, and whether it is to go back."""
+    seen: list[tuple[str, bool]] = []
+
+    def note(source: str, destination: str, method: str, message: Message) -> bool:
+        if isinstance(message, Train | Back):
+            seen.append((message.kind, isinstance(message, Back) or message.backward))
+        return False
+
+    house.swarm.trap(note, sleep)
+    return seen
+
+
+async def sleep() -> None: ...
+
+
+def forget(server: Server) -> None:
+    """Whatever it keeps for the way back."""
+    keeping = server.handler._training.keeping
+    for place in list(keeping._places):
+        leave = place.leave
+        assert leave is not None
+        keeping.free(place)
+        leave()
+
+
+def test_servers_that_kept_their_graphs_are_sent_gradients_alone() -> None:
+    """And no others: who forgot them gets everything, and nobody is blamed."""
+    with House("llama") as house:
+        blocks = house.swarm.blocks(house.whole, WHOLE, timeouts=STEADY)
+        hidden = torch.randn(2, 8, house.whole.hidden_size)
+        grads: list[torch.Tensor | None] = []
+        for forgotten, asked in ((False, [("back", True)] * 3), (True, [("train", True)] * 3)):
+            mine = hidden.clone().requires_grad_()
+            output = blocks(mine)
+            if forgotten:
+                for server in house.servers:
+                    house.swarm.on_loop(forget, server)
+            seen = sent(house)
+            output.square().sum().backward()
+            grads.append(mine.grad)
+            assert [entry for entry in seen if entry in asked] == asked
+        assert agree(*grads)
+        assert not house.swarm.router.failures
+
+
+def test_what_nobody_wants_gradients_of_is_not_kept() -> None:
+    with House("llama") as house:
+        blocks = house.swarm.blocks(house.whole, WHOLE, timeouts=STEADY)
+        hidden = torch.randn(2, 8, house.whole.hidden_size)
+
+        def kept() -> int:
+            return sum(server.handler._training.keeping.used for server in house.servers)
+
+        output = blocks(hidden.requires_grad_())
+        assert kept()
+        del output
+        house.swarm.wait_until(lambda: not kept())
+        blocks.train()(hidden.detach())
+        assert not kept()
 
 
 def test_blocks_that_are_held_in_other_pieces_by_then() -> None:
@@ -169,6 +233,7 @@ def test_autograd_s_own_rules_hold() -> None:
         slow = blocks[1:5](hidden)
         assert slow.requires_grad
         assert slow.shape == hidden.shape
+        del output, slow  # or servers would keep their graphs for a while
 
 
 def test_half_precision_on_the_client_meets_servers_in_float32() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from swarm.config import ServerLimits
 from swarm.errors import ErrorCode
-from swarm.messages import Message, Opened, Piece, Refused, Train, Trained
-from swarm.messages_training import TensorSpec
+from swarm.messages import Back, Close, Message, Opened, Piece, Refused, Train, Trained
+from swarm.messages_training import KEEP, TensorSpec
 from swarm.models.spans import Span
 from swarm.models.training import Batch as SpanBatch
 from swarm.models.training import SpanTraining, Units
@@ -75,16 +75,34 @@ async def train(stranger: Stranger, server: Server, **tensors: torch.Tensor) -> 
     stream = await stranger.dial(server)
     specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
     backward = "gradient" in tensors
-    await say(stream, request(stranger, server, tensors=specs, backward=backward))
+    asked = request(stranger, server, tensors=specs, backward=backward)
+    return await exchange(stream, asked, tensors)
+
+
+async def exchange(
+    stream: Stream, asked: Train | Back, tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    await say(stream, asked)
     assert isinstance(await hear(stream), Opened)
     await say(stream, *in_pieces(tensors, "none"))
-    wanted = {"gradient" if backward else "hidden": specs["hidden"]}
+    backward = "gradient" in tensors
+    wanted = {"gradient" if backward else "hidden": spec_of(next(iter(tensors.values())))}
     gathering = Gathering(wanted)
     while isinstance(message := await hear(stream), Piece):
         gathering.add(message)
     assert isinstance(message, Trained)
     assert gathering.complete
     return gathering.tensors
+
+
+async def forth(
+    stranger: Stranger, server: Server, hidden: torch.Tensor, **changes: Any
+) -> tuple[Stream, torch.Tensor]:
+    """Forward, by a stream by which one may go back."""
+    stream = await stranger.dial(server)
+    changes = {"capabilities": (KEEP,), "backward": False} | changes
+    asked = request(stranger, server, tensors={"hidden": spec_of(hidden)}, **changes)
+    return stream, (await exchange(stream, asked, {"hidden": hidden}))["hidden"]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +226,89 @@ def test_memory_goes_to_whoever_came_first_and_nobody_waits_for_ever() -> None:
         town.run(go())
 
 
+def test_who_went_forward_may_go_back_with_the_gradient_alone(town: Town) -> None:
+    async def go() -> None:
+        hidden = hidden_of(town.local, 5, rows=2)
+        stream, output = await forth(town.stranger, town.server, hidden)
+        keeping = town.server.handler._training.keeping
+        assert keeping.used > 2 * hidden.nbytes
+        found = await exchange(stream, Back(), {"gradient": output.sin()})
+        assert await stream.receive() is None
+        assert keeping.used == 0
+        whole = await train(town.stranger, town.server, hidden=hidden, gradient=output.sin())
+        torch.testing.assert_close(found["gradient"], whole["gradient"], atol=1e-6, rtol=1e-5)
+
+    town.run(go())
+
+
+def test_nothing_is_kept_for_who_does_not_ask_for_it_or_is_gone(town: Town) -> None:
+    async def go() -> None:
+        hidden, keeping = hidden_of(town.local, 5, rows=2), town.server.handler._training.keeping
+        stream, _ = await forth(town.stranger, town.server, hidden, capabilities=("more",))
+        assert await stream.receive() is None
+        assert keeping.used == 0
+        leaving, closing, breaking = [
+            (await forth(town.stranger, town.server, hidden))[0] for _ in range(3)
+        ]
+        assert len(keeping) == 3
+        await leaving.finish()
+        await say(closing, Close())
+        breaking.cancel()
+        while keeping.used:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    town.run(go())
+
+
+def test_what_is_said_instead_of_going_back_is_refused(town: Town) -> None:
+    async def go() -> None:
+        hidden = hidden_of(town.local, 5, rows=2)
+        stream, _ = await forth(town.stranger, town.server, hidden)
+        await say(stream, *in_pieces({"hidden": hidden}, "none"))
+        assert await refused(stream) is ErrorCode.OUT_OF_ORDER
+        stream, _ = await forth(town.stranger, town.server, hidden)
+        await say(stream, Back())
+        assert isinstance(await hear(stream), Opened)
+        await say(stream, *in_pieces({"hidden": hidden}, "none"))
+        assert await refused(stream) is ErrorCode.BAD_TENSOR
+
+    town.run(go())
+
+
+def test_who_has_to_make_room_or_waits_too_long_is_told() -> None:
+    """There is room for the graphs of one batch."""
+    with Town() as other:
+        hidden = hidden_of(other.local, 40, rows=2)
+        work = other.server.handler._training._work
+        other.run(train(other.stranger, other.server, hidden=hidden, gradient=hidden))
+        room = work.keeping(SpanBatch(other.local.blocks, hidden)) * 3 // 2
+    with Town(limits=ServerLimits(kept_bytes=room, kept_seconds=0.5)) as town:
+        desk = town.server.handler._training
+
+        async def go() -> None:
+            first, _ = await forth(town.stranger, town.server, hidden)
+            second, output = await forth(town.stranger, town.server, hidden)
+            assert await refused(first) is ErrorCode.UNKNOWN_SESSION
+            await exchange(second, Back(), {"gradient": output})
+            third, _ = await forth(town.stranger, town.server, hidden)
+            assert await refused(third) is ErrorCode.UNKNOWN_SESSION
+            assert await third.receive() is None
+            assert desk.keeping.used == 0
+
+        town.run(go())
+        town.swarm.assert_quiet()
+
+
+def test_a_server_that_keeps_nothing_says_so_at_once() -> None:
+    with Town(limits=ServerLimits(kept_bytes=0)) as town:
+
+        async def go() -> None:
+            stream, _ = await forth(town.stranger, town.server, hidden_of(town.local, 5))
+            assert await refused(stream) is ErrorCode.UNKNOWN_SESSION
+
+        town.run(go())
+
+
 def test_a_batch_of_nan_harms_nobody_else(town: Town) -> None:
     async def go() -> None:
         bad = torch.full((2, 5, HIDDEN), torch.nan)
@@ -227,8 +328,8 @@ def test_steps_of_sessions_go_between_two_blocks(town: Town, monkeypatch: Any) -
     events: list[str] = []
     run = SpanTraining.run
 
-    def watched(self: SpanTraining, batch: SpanBatch, width: Any) -> Units:
-        result = yield from run(self, batch, width)
+    def watched(self: SpanTraining, *given: Any) -> Units:
+        result = yield from run(self, *given)
         events.append("trained")
         return result
 
