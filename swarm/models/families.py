@@ -7,17 +7,21 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from swarm.errors import UnsupportedModel
+from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
 
 # Families whose blocks return a tuple where the others return the hidden states alone.
 TUPLE_BLOCKS = frozenset(
     {"bamba", "bloom", "codegen", "falcon", "falcon_h1", "glm_moe_dsa", "gpt_neo", "gptj", "hy_v4"}
     | {"gpt_neox_japanese", "mpt", "trocr"}
 )
+
+# Families whose blocks look positions up in a table of `max_position_embeddings`. A GPU that is
+# asked for what is behind its end computes nothing any more, for nobody, until the process ends.
+_TABLES = frozenset({"codegen", "gptj"})
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -92,6 +96,24 @@ def depends_on_pass(config: PreTrainedConfig) -> bool:
     schemes = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     kinds = [str(scheme.get("rope_type", scheme.get("type"))) for scheme in schemes]
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions blocks know; None: they compute whatever they are asked for."""
+    text: Any = text_config(config)
+    return text.max_position_embeddings if text.model_type in _TABLES else None
+
+
+def check_places(most: int | None, positions: Tensor | None, end: int) -> None:
+    """Raises RemoteProtocolError TOO_LONG for `positions` (None: those before `end`) that blocks
+    with `most_positions` do not know."""
+    if most is None or (positions is not None and not positions.numel()):
+        return
+    last = end - 1 if positions is None else int(positions.max())
+    if last >= most:
+        raise RemoteProtocolError(
+            ErrorCode.TOO_LONG, f"position {last}: this model's blocks know those below {most} only"
+        )
 
 
 def caches_latents(config: PreTrainedConfig) -> bool:

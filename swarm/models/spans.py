@@ -28,6 +28,7 @@ from swarm.models.families import (
     caches_latents,
     depends_on_pass,
     find_stack,
+    most_positions,
     reset_ropes,
     text_config,
 )
@@ -132,6 +133,7 @@ class Span:
         self._gathers = caches_latents(self.config)
         self._cache_argument = cache_argument(self._stack.forward)
         self.takes_whole_steps = depends_on_pass(self.config)
+        self.most_positions = most_positions(self.config)
         quicken(self._stack, self._try_out)
         self.store = self._make_store()
         self.replays = Replays(self.store, self.hidden_size)

@@ -30,6 +30,7 @@ from swarm.messages import (
     Trained,
 )
 from swarm.messages_training import KEEP, TensorSpec
+from swarm.models.families import check_places
 from swarm.models.spans import Span
 from swarm.models.training import Batch, Kept, SpanTraining
 from swarm.pieces import Gathering, in_pieces
@@ -108,7 +109,7 @@ class TrainingDesk:
                 async with self._room(request.session_id, client, needed):
                     await self._open(visit)
                     tensors = await self._gather(visit, request.tensors)
-                    batch = replace(_batch(request, tensors), adapter=adapter or {})
+                    batch = replace(_batch(request, tensors, self._span), adapter=adapter or {})
                     stay = self._stay(visit, batch, leaving)
                     await self._answer(visit, batch, request.deadline_ms, stay)
             back = await self._until_back(visit, stay) if stay else None
@@ -255,10 +256,11 @@ def _blocks(request: Train) -> BlockRange:
     return BlockRange(request.start, request.end)
 
 
-def _batch(request: Train, tensors: Mapping[str, Tensor]) -> Batch:
+def _batch(request: Train, tensors: Mapping[str, Tensor], span: Span) -> Batch:
     positions = tensors.get("position_ids")
     if positions is not None:
         check_positions(positions)
+    check_places(span.most_positions, positions, tensors["hidden"].shape[1])
     return Batch(
         _blocks(request),
         tensors["hidden"],

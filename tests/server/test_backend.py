@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from swarm.errors import OutOfPages
+from swarm.errors import ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.models.pages import PAGE
 from swarm.models.spans import Span, SpanCache, SpanStep
 from swarm.server.backend import Backend, Work
@@ -150,3 +151,22 @@ def test_a_prompt_without_pages_keeps_its_rows(span: Span) -> None:
     other.release()
     assert run(backend, step) == set()
     assert (cache.batch_size, cache.length, len(step.result())) == (2, 2 * PAGE, 2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("given", [True, False], ids=["as said", "by the length"])
+def test_positions_beyond_a_model_s_table_do_not_reach_it(given: bool) -> None:
+    """A GPU would compute nothing any more, for anybody."""
+    sizes = {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 16, "rotary_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", vocab_size=64, **sizes))
+    span = span_of(model.eval(), 0, 2)
+    backend, cache = Backend(span), span.open_cache(BLOCKS, 1, 64)
+    assert run(backend, work(1, cache, text_of(span, 15))) == set()
+    good, bad = (work(key, cache, text_of(span, 1)) for key in (2, 3))
+    if given:
+        good.inputs, bad.inputs = ({"position_ids": torch.tensor([[at]])} for at in (15, 16))
+    assert run(backend, good) == set()
+    failures = backend.run([Slice(3, 0, 1, last=True)], {3: bad})
+    assert isinstance(failures[3], RemoteProtocolError)
+    assert failures[3].code is ErrorCode.TOO_LONG
+    assert cache.length == 16
