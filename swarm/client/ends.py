@@ -79,7 +79,7 @@ class Ends:
 
     def _find_short_ways(self) -> None:
         embedding, head = self._model.get_input_embeddings(), self._model.get_output_embeddings()
-        size = embedding.num_embeddings
+        size = self._weight.shape[0]
         random = torch.Generator().manual_seed(0)  # the caller's random state is left alone
         ids = torch.randint(size, (1, _PROBE_TOKENS), generator=random).to(self._weight.device)
         probes = [self._embed_row(ids, start) for start in _PROBE_STARTS]

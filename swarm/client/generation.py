@@ -64,8 +64,8 @@ class DistributedMixin:
                 "it adapters of your own"
             )
         if blocks.adapters is None:
-            furnish(cast(Any, self))
-            blocks.adapters = ShellAdapters(blocks_of(cast(Any, self)))
+            parameters, model = furnish(cast(Any, self)), cast(Any, self)
+            blocks.adapters = ShellAdapters(model, blocks_of(model), parameters)
             connection = blocks.connection
             weakref.finalize(self, connection.loop.spawn, connection.loans.close).atexit = False
         return self
@@ -76,9 +76,19 @@ class DistributedMixin:
         super().add_adapter(*args, **kwargs)  # pyright: ignore
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers: a PEFT adapter from a folder or the Hub."""
-        self.adaptable()
-        return super().load_adapter(*args, **kwargs)  # pyright: ignore
+        """As in transformers: a PEFT adapter from a folder or the Hub. Raises UsageError if servers
+        cannot apply it, or only a part of it."""
+        adapters = self.adaptable().remote_blocks.adapters
+        assert adapters is not None
+        before = set(getattr(self, "peft_config", ()))
+        report = super().load_adapter(*args, **kwargs)  # pyright: ignore
+        try:
+            adapters.check(getattr(report, "unexpected_keys", ()))
+        except UsageError:
+            model = cast(Any, self)
+            model.delete_adapter(list(set(model.peft_config) - before))
+            raise
+        return report
 
     def load_trained(self, folder: str | Path) -> None:
         """What `save_pretrained` wrote. Raises UsageError."""

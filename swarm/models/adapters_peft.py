@@ -3,7 +3,8 @@ weights, a client's shell or one that is made just to read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,38 @@ from transformers import PreTrainedConfig
 
 from swarm.errors import UsageError
 from swarm.models.adapters import BlockAdapter, Factors
-from swarm.models.adapters_shell import phantom_model, phantoms_of
+from swarm.models.adapters_shell import Phantom, phantom_model, phantoms_of
 from swarm.models.bundles import MAX_RANK, Bundles, to_bundle
 from swarm.models.checkpoint import locate
 from swarm.models.loading import frugal_loading
 from swarm.models.manifest import ADAPTER_CONFIG_FILE
 
 _WEIGHTS = "adapter_model.safetensors"
+_CHANGE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of what is adapted, at first
 
 Live = Mapping[int, BlockAdapter]
 """Factors by block, through which gradients find back to the parameters of PEFT."""
 
 
 class ShellAdapters:
-    """What PEFT has put around the phantoms of these blocks, as far as it is active."""
+    """What PEFT has put around the phantoms of these blocks of a model, as far as it is active.
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    `parameters` are the names of all that blocks have, so that nothing is changed here in vain.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[nn.Module], parameters: Collection[str] = ()
+    ) -> None:
+        self._model = weakref.ref(model)  # which has us
         self._blocks = blocks
+        self._parameters = sorted(parameters)
+        modules = (pair for block in blocks for pair in block.named_modules())
+        self._places = {path for path, module in modules if isinstance(module, Phantom)}
 
     def live(self) -> Live:
         """Raises UsageError for what servers cannot do."""
+        for name, config in getattr(self._model(), "peft_config", {}).items():
+            self._check(name, config)
         found: dict[int, BlockAdapter] = {}
         for index, block in enumerate(self._blocks):
             factors = {path: _factors(path, layer) for path, layer in _layers(block)}
@@ -41,6 +54,43 @@ class ShellAdapters:
             if active:
                 found[index] = BlockAdapter(active)
         return found
+
+    def check(self, lost: Collection[str] = ()) -> None:
+        """Raises UsageError as `live`, and if tensors that found no place are of blocks."""
+        with torch.no_grad():
+            self.live()
+        owners = {path.rpartition(".")[0] for path in self._parameters}
+        if ours := [name for name in lost if any(f".{owner}." in name for owner in owners)]:
+            raise UsageError(
+                f"this adapter changes {min(ours)}, and {len(ours)} tensors in all, for which this "
+                "model's remote blocks have no place: they take LoRA in linear layers only"
+            )
+
+    def _check(self, name: str, config: Any) -> None:
+        """PEFT itself would leave out what is not here, and say nothing. Raises UsageError."""
+        if config.peft_type != "LORA":
+            raise UsageError(
+                f"adapter '{name}' is {config.peft_type.value}: servers know LoRA only"
+            )
+        if str(config.init_lora_weights).startswith(_CHANGE_WEIGHTS):
+            raise UsageError(
+                f"adapter '{name}' begins with other weights than servers have "
+                f"(init_lora_weights='{config.init_lora_weights}'): convert it to plain LoRA with "
+                "save_pretrained(..., path_initial_model_for_weight_conversion=...) of PEFT"
+            )
+        saved, targets = config.modules_to_save or (), config.target_modules
+        sought = [*(() if isinstance(targets, str) else targets), *(config.target_parameters or ())]
+        for path in self._parameters:
+            owner = path.rpartition(".")[0]
+            is_sought = owner not in self._places and any(
+                f".{each}".endswith(f".{name}") for name in sought for each in (owner, path)
+            )
+            is_saved = any(owner.endswith(name) for name in saved)
+            if is_saved or is_sought or (config.bias != "none" and path.endswith("bias")):
+                raise UsageError(
+                    f"adapter '{name}' changes {path} of blocks, which servers keep as it is: they "
+                    "take LoRA in linear layers (target_modules) only"
+                )
 
 
 def bundles_of(live: Live) -> Bundles:
@@ -69,16 +119,21 @@ def read_adapter(config: PreTrainedConfig, folder: Path, dtype: torch.dtype) -> 
             report = model.load_adapter(str(folder))
     except (ValueError, TypeError, KeyError, RuntimeError, OSError, SafetensorError) as error:
         why = str(error).partition("\n")[0][:200]
+        if "ignore_mismatched_sizes" in why:  # which is nothing that our users could set
+            why = "its tensors have other shapes (see the report above)"
         raise UsageError(f"the adapter in {folder} does not fit this model: {why}") from error
-    with torch.no_grad():
-        adapters = ShellAdapters(phantoms_of(model))
-        live = adapters.live()
-        if report.missing_keys or count != sum(len(block.tensors) for block in live.values()):
-            raise UsageError(
-                f"the adapter in {folder} is more than LoRA in linear layers of this model's "
-                "blocks: servers can preload no such ones"
-            )
-        return bundles_of(live)
+    try:
+        with torch.no_grad():
+            live = ShellAdapters(model, phantoms_of(model)).live()
+            bundles = bundles_of(live)
+    except UsageError as error:
+        raise UsageError(f"the adapter in {folder} cannot be used: {error}") from error
+    if report.missing_keys or count != sum(len(block.tensors) for block in live.values()):
+        raise UsageError(
+            f"the adapter in {folder} is more than LoRA in linear layers of this model's blocks: "
+            "servers can preload no such ones"
+        )
+    return bundles
 
 
 def _layers(block: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -43,16 +43,17 @@ class PhantomBlock(nn.Module):
         return (hidden_states, None) if self.returns_tuple else hidden_states
 
 
-def furnish(shell: PreTrainedModel) -> None:
-    """Put a phantom where a block has a linear layer, in all blocks; twice is as good as once."""
+def furnish(shell: PreTrainedModel) -> frozenset[str]:
+    """Put a phantom where a block has a linear layer, in all blocks. Once for a shell.
+
+    Returns the names of parameters that blocks have, wherever they are.
+    """
     stack = stack_of(shell)
     name, blocks = next(
         (name, child)
         for name, child in stack.named_children()
         if isinstance(child, nn.ModuleList) and isinstance(next(iter(child), None), StandIn)
     )
-    if len(blocks) > 1 or any(isinstance(module, Phantom) for module in blocks.modules()):
-        return
     stand_in = cast(StandIn, blocks[0])
     config = text_config(shell.config)
     with torch.device("meta"):
@@ -60,7 +61,9 @@ def furnish(shell: PreTrainedModel) -> None:
     whole, list_name = find_stack(model)
     like = cast(Any, shell).get_input_embeddings().weight
     returns_tuple = config.model_type in TUPLE_BLOCKS
+    parameters = set[str]()
     for index, block in enumerate(getattr(whole, list_name)):
+        parameters |= {name for name, _ in block.named_parameters()}
         own = stand_in if index == 0 else PhantomBlock(stand_in, returns_tuple=returns_tuple)
         for path, size in linear_sizes(block).items():
             *parents, leaf = path.split(".")
@@ -73,6 +76,7 @@ def furnish(shell: PreTrainedModel) -> None:
         if index:
             blocks.append(own)
     assert getattr(stack, name) is blocks
+    return frozenset(parameters)
 
 
 def blocks_of(shell: PreTrainedModel) -> list[nn.Module]:

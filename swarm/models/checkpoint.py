@@ -102,6 +102,11 @@ class Checkpoint:
             name or public, fingerprint(digests), config, path.parent, tensor_files, digests, source
         )
 
+    @property
+    def address(self) -> str:
+        """By which transformers itself would find it."""
+        return self._source.repo if isinstance(self._source, HubRepo) else str(self.folder)
+
     def fetch(self, files: Collection[str]) -> Mapping[str, Path]:
         """{weight file: where it lies} for these files alone, each checked against the manifest.
 

@@ -86,6 +86,8 @@ def load_shell(
     model = _load(checkpoint, cls, lambda model: make_shell(model, remote), dtype, device)
     if model.can_generate() and (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    # PEFT writes into each adapter which model it is for.
+    model.name_or_path = model.config.name_or_path = checkpoint.address
     return model
 
 

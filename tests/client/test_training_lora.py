@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from swarm.client.remote import RemoteBlocks
@@ -256,6 +256,16 @@ def test_a_loan_that_nobody_needs_ends(shared: Pair) -> None:
     assert model.remote_blocks.bundles() is None
 
 
+def test_who_does_not_have_what_it_announces_is_remembered_and_little_else() -> None:
+    """Weights that are trained have another name with each step."""
+    loans, names = Loans(), [number.to_bytes(32) for number in range(1000)]
+    for name in names:
+        loans.lost("peer", name)
+    told: Any = SimpleNamespace(peer_id="peer", adapters=[SimpleNamespace(id=names[-1])])
+    assert not loans._has(told, names[-1])
+    assert len(loans._doubted) < 100
+
+
 def test_what_is_merged_in_peft_s_ways_works_too(shared: Pair) -> None:
     """Two adapters at a time, rank-stabilised scaling, and `get_peft_model`."""
     wrapped: list[Any] = []
@@ -283,6 +293,10 @@ def test_what_is_merged_in_peft_s_ways_works_too(shared: Pair) -> None:
         ({"lora_dropout": 0.1}, "dropout"),
         ({"lora_bias": True}, "plain LoRA"),
         ({"r": 1000}, "at most 512"),
+        ({"init_lora_weights": "pissa"}, "begins with other weights"),
+        ({"modules_to_save": ["o_proj"]}, "changes self_attn.o_proj"),
+        ({"modules_to_save": ["layernorm"]}, "changes input_layernorm"),
+        ({"target_modules": ["q_proj", "input_layernorm"]}, "changes input_layernorm"),
     ],
 )
 def test_what_servers_cannot_do_is_said(options: dict[str, Any], why: str) -> None:
@@ -291,6 +305,35 @@ def test_what_servers_cannot_do_is_said(options: dict[str, Any], why: str) -> No
         pair.model.add_adapter(lora(**options))
         with pytest.raises(UsageError, match=why):
             pair.model.train()(**texts(rows=1, tokens=6))
+
+
+@pytest.mark.parametrize("kind", ["ia3", "norms"])
+def test_what_would_be_loaded_in_part_is_refused_and_leaves_nothing(
+    shared: Pair, tmp_path: Path, kind: str
+) -> None:
+    """PEFT, and transformers, leave out what has no place."""
+    config: Any = lora(modules_to_save=["post_attention_layernorm"])
+    if kind == "ia3":
+        config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    other: Any = get_peft_model(fresh_local("llama", 80), config)
+    other.save_pretrained(tmp_path)
+    model = shell_of(fresh_local("llama", 80), another(shared))
+    with pytest.raises(UsageError, match="LoRA"):
+        model.load_adapter(str(tmp_path))
+    assert model.remote_blocks.bundles() is None
+    model.add_adapter(lora())
+    assert model.remote_blocks.bundles() is not None
+
+
+def test_what_is_here_can_be_adapted_too(shared: Pair) -> None:
+    local: Any = fresh_local("llama", 80)
+    plain, got = local.generate(prompt(), **GREEDY), list[torch.Tensor]()
+    for model in (shell_of(local, another(shared)), local):
+        model.add_adapter(lora(target_modules=["q_proj", "embed_tokens", "lm_head"]))
+        learning(model, seed=4, spread=0.3)
+        got.append(model.generate(prompt(), **GREEDY))
+    assert torch.equal(*got)
+    assert not torch.equal(got[0], plain)
 
 
 def test_numbers_that_are_not_finite_never_leave(shared: Pair) -> None:
