@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from swarm.wire import decode, encode
 
 _PART_BYTES = 1 << 20  # of a bundle in one frame
 _LOANS = 2  # to one server, that nobody needs now: of the present weights, and of those before
+_DOUBTS = 64  # that are remembered: weights that are trained have another name with each step
 _LINGER = 1.0  # seconds for which they may: the next batch is about to come
 
 
@@ -101,7 +103,7 @@ class Loans:
     """Who has adapters of ours. For the event loop."""
 
     _given: dict[str, dict[_Key, _Given]] = field(default_factory=dict[str, dict[_Key, _Given]])
-    _doubted: set[tuple[str, bytes]] = field(default_factory=set[tuple[str, bytes]])
+    _doubted: deque[tuple[str, bytes]] = field(default_factory=lambda: deque(maxlen=_DOUBTS))
 
     @asynccontextmanager
     async def lent(
@@ -160,8 +162,8 @@ class Loans:
 
     def lost(self, peer_id: str, name: bytes | None = None) -> None:
         """That server knows of no loans any more, or has failed; it does not have `name`."""
-        if name is not None:
-            self._doubted.add((peer_id, name))
+        if name is not None and (peer_id, name) not in self._doubted:
+            self._doubted.append((peer_id, name))
         for loan in self._given.pop(peer_id, {}).values():
             _end(loan)
 

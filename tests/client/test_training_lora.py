@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from swarm.client.remote import RemoteBlocks
+from swarm.client.training_loans import Loans
 from swarm.errors import UsageError
 from swarm.fakes import Fate
 from swarm.messages import Message, Piece, Train
