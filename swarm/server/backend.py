@@ -9,12 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from swarm.errors import CannotRewind, ErrorCode, OutOfPages, RemoteProtocolError
-from swarm.messages import TensorFrame
 from swarm.models.families import check_places
 from swarm.models.spans import Span, SpanCache, SpanStep
 from swarm.server.scheduler import Slice
-from swarm.tensors import to_frame
-from swarm.types import Codec
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +30,8 @@ class Work:
     priority: int = 5
     deadline: float = 60.0  # seconds that it may wait for the device and be computed
     keep: int | None = None  # of the output, only so many positions at its end
-    codec: Codec = "none"  # of the answer
     outputs: list[torch.Tensor] = field(default_factory=list)
     compute_ms: float = 0.0
-    _answer: TensorFrame | None = None
 
     def wanted(self, piece: Slice) -> slice:
         """The part of a slice's output that is of use."""
@@ -46,12 +41,6 @@ class Work:
     def result(self) -> torch.Tensor:
         """[B, T, H] (or [B, keep, H]) on the CPU."""
         return self.outputs[0] if len(self.outputs) == 1 else torch.cat(self.outputs, dim=1)
-
-    def answer(self) -> TensorFrame:
-        """The result, as it is sent."""
-        if self._answer is None:
-            self._answer = to_frame(self.result(), self.codec)
-        return self._answer
 
 
 Failures = dict[int, RemoteProtocolError | OutOfPages]
@@ -109,8 +98,6 @@ class Backend:
             else:
                 rows = alike.get(piece.key, 1)
                 works[piece.key].outputs.append(output.repeat(rows, 1, 1) if rows > 1 else output)
-        if len(slices) == 1 and slices[0].last and not failures:
-            works[slices[0].key].answer()  # here torch is warm; for many it would keep others waiting
         return failures
 
     def _compute(self, ready: Sequence[Run]) -> list[torch.Tensor | RemoteProtocolError]:
