@@ -15,8 +15,10 @@ from swarm.client.training_hop import Post
 from swarm.client.training_loans import Borrowing, Lender, Loans
 from swarm.client.training_plan import Workers
 from swarm.config import ClientConfig
+from swarm.errors import UsageError
 from swarm.identity import Access
 from swarm.loop import BackgroundLoop
+from swarm.messages import MAX_BATCH, MAX_TOKENS
 from swarm.models.bundles import Bundles
 from swarm.transport import Transport
 from swarm.types import BlockRange
@@ -56,11 +58,13 @@ class Connection:
     def open(
         self, blocks: BlockRange, batch_size: int, max_length: int, bundles: Bundles | None = None
     ) -> RemoteSession:
-        """A session; with `bundles` whoever serves it has this adapter."""
+        """A session; with `bundles` whoever serves it has this adapter. Raises UsageError."""
+        if batch_size > MAX_BATCH:
+            raise UsageError(f"{batch_size} rows; a session may have {MAX_BATCH}: ask for fewer")
         terms = replace(
             self.terms,
             batch_size=batch_size,
-            max_length=max_length,
+            max_length=min(max_length, MAX_TOKENS),
             trace_id=secrets.token_hex(8),
             adapter=Borrowing(bundles, self.lender, self.loans) if bundles else None,
         )

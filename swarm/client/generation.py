@@ -19,8 +19,8 @@ from swarm.client.remote import (
     InferenceSession,
     RemoteBlocks,
     RemoteCache,
-    active_session,
     kept_positions,
+    session_for,
     watched_blocks,
 )
 from swarm.client.training_parts import load_trained, save_trained
@@ -112,7 +112,7 @@ class GeneratingMixin(DistributedMixin, PlainMixin):
         `inputs` and the new tokens.
         """
         inputs = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        session = session if session is not None else active_session()
+        session = session_for(self.remote_blocks, session)
         if session is None:
             return self._generate_once(inputs, args, kwargs)
         text, mask, old = resume(session, inputs, kwargs.pop("attention_mask", None))
@@ -124,7 +124,7 @@ class GeneratingMixin(DistributedMixin, PlainMixin):
             **kwargs,
         )
         sequences = cast(Tensor, result["sequences"] if isinstance(result, ModelOutput) else result)
-        finish(session, sequences, mask)
+        finish(session, text, sequences, mask)
         if isinstance(result, ModelOutput):
             cast(Any, result).sequences = sequences[:, old:]
             return result
@@ -165,6 +165,9 @@ class GeneratingMixin(DistributedMixin, PlainMixin):
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
             cache.session.max_length = max(cache.session.max_length, max_cache_length)
+            generation_config.use_cache = True  # or every step would bring the whole text
+            if generation_mode is GenerationMode.ASSISTED_GENERATION:
+                cache.session.rollback(0)  # its first step does, whatever the cache holds
         return super()._prepare_cache_for_generation(  # pyright: ignore
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -212,9 +215,17 @@ def distributed_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
         `past_key_values` hold a session, which is closed when they are forgotten."""
         if kwargs.get("output_attentions"):
             raise UsageError("attention weights stay on the servers: leave output_attentions out")
-        if kwargs.pop("output_hidden_states", None):
+        past = kwargs.get("past_key_values")
+        if past is not None and not isinstance(past, RemoteCache):
+            raise UsageError(
+                "this cache is not of the servers' blocks, and stays empty: begin with "
+                "use_cache=True, and go on with the past_key_values that come back"
+            )
+        states = kwargs.pop("output_hidden_states", None)
+        cached = past is not None or kwargs.get("use_cache")
+        if states or (states is None and self.config.output_hidden_states and not cached):
             return _with_hidden_states(self, base.forward, args, kwargs)
-        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None:
+        if kwargs.get("use_cache") and past is None:
             kwargs["past_key_values"] = RemoteCache(self.inference_session())
         with kept_positions(_needed(self, args, kwargs)):
             return base.forward(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from swarm.client.decoding import Decoder, Take
-from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, active_session
+from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, session_for
 from swarm.client.sampling import Text, Token
 from swarm.client.streams import Journey, TokenStream
 from swarm.client.turns import finish, resume
@@ -57,7 +57,8 @@ class PlainMixin:
         logprobs: how many of the likeliest tokens to tell with each (0: only its own logarithm).
         kwargs: as for `generate`, of greedy decoding and sampling.
         """
-        session = session if session is not None else active_session()
+        session = session_for(self.remote_blocks, session)
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
 
         def decode(
             journey: Journey, take: Callable[[Token], None]
@@ -80,7 +81,8 @@ class PlainMixin:
         Cancelling it frees the servers at once. For beams and for drafts of an assistant, use
         `asyncio.to_thread(model.generate, ...)`.
         """
-        session = session if session is not None else active_session()
+        session = session_for(self.remote_blocks, session)
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         work = self._decode_rows(inputs, session, seed, kwargs)
         return await asyncio.wrap_future(self._loop.start(work))
 
@@ -144,7 +146,8 @@ class PlainMixin:
             session.max_length = max(session.max_length, length)
             journey.remote = session.remote(1)
             await decoder.decode(journey.remote, text, take, prompts)
-            finish(session, text.row(), kwargs["attention_mask"])
+            whole = text.row()
+            finish(session, whole, whole, kwargs["attention_mask"])  # one row: no beams
         else:
             blocks = self.remote_blocks
             length += 0 if prompts is None else len(prompts)
@@ -208,6 +211,8 @@ class PlainMixin:
                 "a stream is one row of tokens: leave num_return_sequences and "
                 "return_dict_in_generate out; `logprobs` tells how likely tokens were"
             )
+        if asked is not None and model_kwargs.get("inputs_embeds") is not None:
+            raise UsageError("a stream begins with ids: leave inputs_embeds to `generate`")
         ids, mask = input_ids[0], model_kwargs.get("attention_mask")
         text = Text(
             ids=ids.tolist(),

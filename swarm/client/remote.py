@@ -25,11 +25,9 @@ from swarm.models.shell import ShellCache
 from swarm.tensors import TORCH_DTYPES
 from swarm.types import BlockRange
 
-_active: contextvars.ContextVar[InferenceSession | None] = contextvars.ContextVar(
-    "swarm_session", default=None
+_active: contextvars.ContextVar[tuple[InferenceSession, ...]] = contextvars.ContextVar(
+    "swarm_sessions", default=()
 )
-
-
 _watched: contextvars.ContextVar[list[Tensor] | None] = contextvars.ContextVar(
     "swarm_hidden_states", default=None
 )
@@ -58,11 +56,14 @@ class InferenceSession:
         self.prefix = prefix  # positions in front of every text, which are not counted
         self.output_ids: Tensor | None = None
         self.attention_mask: Tensor | None = None  # of output_ids; None: no padding
-        self.doubtful_from: int | None = None  # since a generate broke off, servers hold its tokens
+        # Since a generate broke off, or searched with beams, servers may hold other tokens there.
+        self.doubtful_from: int | None = None
+        self.reordered = False  # since the last `generate` began
         self._connection = connection
         self._bundles = bundles  # adapters, as they are when it begins
         self._remote: RemoteSession | None = None
-        self._tokens: list[contextvars.Token[InferenceSession | None]] = []
+        self._rows = 0
+        self._tokens: list[contextvars.Token[tuple[InferenceSession, ...]]] = []
         self._closer: weakref.finalize[Any, Any] | None = None
 
     @property
@@ -112,6 +113,7 @@ class InferenceSession:
 
     def reorder(self, rows: Sequence[int]) -> None:
         """Row i continues what row `rows[i]` was (beam search)."""
+        self.reordered = True
         if self._remote is not None:
             self._remote.reorder(rows)
 
@@ -134,9 +136,22 @@ class InferenceSession:
         output = self._connection.loop.call(remote.step(hidden_states, inputs, keep))
         return output.to(hidden_states.device, hidden_states.dtype)
 
+    def is_of(self, blocks: RemoteBlocks) -> bool:
+        """Whether it is for just these blocks of this model."""
+        return self._connection is blocks.connection and self.blocks == blocks.blocks
+
     def remote(self, rows: int) -> RemoteSession:
-        """What lives in the background loop; servers hear of it with its first step."""
+        """What lives in the background loop; servers hear of it with its first step.
+
+        Raises UsageError if it has other rows.
+        """
+        if self._remote is not None and rows != self._rows:
+            raise UsageError(
+                f"this session has {self._rows} rows, and these are {rows} (each beam and returned "
+                "sequence is one): open another session for them"
+            )
         if self._remote is None:
+            self._rows = rows
             length = self.max_length + self.prefix
             bundles = self._bundles()
             self._remote = self._connection.open(self.blocks, rows, length, bundles)
@@ -153,7 +168,7 @@ class InferenceSession:
             self._closer = None
 
     def __enter__(self) -> InferenceSession:
-        self._tokens.append(_active.set(self))
+        self._tokens.append(_active.set((*_active.get(), self)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -161,9 +176,19 @@ class InferenceSession:
         self.close()
 
 
-def active_session() -> InferenceSession | None:
-    """The innermost session whose `with` block we are in."""
-    return _active.get()
+def session_for(blocks: RemoteBlocks, given: InferenceSession | None) -> InferenceSession | None:
+    """The one given, or the innermost one of these blocks whose `with` block we are in.
+
+    Raises UsageError if the one given is of other blocks.
+    """
+    if given is None:
+        return next((each for each in reversed(_active.get()) if each.is_of(blocks)), None)
+    if not given.is_of(blocks):
+        raise UsageError(
+            "this session is another model's, or of some blocks only: open one with "
+            "inference_session() of the model that is to generate"
+        )
+    return given
 
 
 def _close(loop: BackgroundLoop, remote: RemoteSession) -> None:

@@ -18,13 +18,17 @@ def resume(
     session.rollback(min(session.position, sure, text.shape[1] - 1))
     # Until `finish`, nobody knows which tokens the servers hold behind those known before.
     session.doubtful_from = 0 if session.output_ids is None else session.output_ids.shape[1]
+    session.reordered = False
     return text, mask, old
 
 
-def finish(session: InferenceSession, sequences: Tensor, mask: Tensor) -> None:
-    """The servers hold all of it but the last token."""
-    session.doubtful_from = None
+def finish(session: InferenceSession, text: Tensor, sequences: Tensor, mask: Tensor) -> None:
+    """The servers hold all of it but the last token. Of beams they hold the last ones, whichever
+    was chosen: what is sure is `text`, from which all of them went on."""
+    session.doubtful_from = text.shape[1] if session.reordered else None
     session.output_ids = sequences
+    copies = sequences.shape[0] // mask.shape[0]  # `num_return_sequences`
+    mask = mask.repeat_interleave(copies, dim=0)
     session.attention_mask = _grown(mask, sequences.shape[1])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache, GenerationConfig
 
 from swarm.errors import UsageError
 from tests.client.pairs import GREEDY, Pair, prompt
@@ -120,6 +121,76 @@ def test_a_session_may_outgrow_what_was_reserved(llama: Pair) -> None:
     assert got.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 3}], ids=str
+)
+def test_beams_go_on_from_the_text_that_was_chosen(llama: Pair, options: dict[str, Any]) -> None:
+    """The servers hold those beams that were the last."""
+    with llama.model.inference_session(max_length=64):
+        first = llama.model.generate(prompt(seed=1), **GREEDY, **options)
+        # As many rows as the servers have.
+        then = GREEDY | {"num_beams": options["num_beams"] - len(first) + 1}
+        rest = llama.model.generate(None, **then)
+    whole = llama.local.generate(first, **then)
+    assert torch.cat([first, rest], dim=1).tolist() == whole.tolist()
+
+
+def test_drafts_in_a_second_turn(llama: Pair) -> None:
+    drafts = {"prompt_lookup_num_tokens": 3}
+    whole = llama.local.generate(prompt(), **GREEDY | {"max_new_tokens": 24})
+    with llama.model.inference_session(max_length=64):
+        first = llama.model.generate(prompt(), **GREEDY, **drafts)
+        rest = llama.model.generate(None, **GREEDY, **drafts)
+    assert torch.cat([first, rest], dim=1).tolist() == whole.tolist()
+
+
+def test_several_samples_of_padded_rows_go_on(llama: Pair) -> None:
+    ids, mask = prompt(rows=2), torch.ones(2, 9, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+    with llama.model.inference_session(max_length=64):
+        sampling = {"do_sample": True, "num_return_sequences": 2}
+        first = llama.model.generate(ids, attention_mask=mask, **GREEDY | sampling)
+        rest = llama.model.generate(None, **GREEDY)
+    for row, padded in enumerate([0, 0, 4, 4]):
+        text = first[row : row + 1, padded:]
+        alone = llama.local.generate(text, attention_mask=torch.ones_like(text), **GREEDY)
+        assert rest[row].tolist() == alone[0, 21 - padded :].tolist()
+
+
+def test_a_session_is_of_one_model(llama: Pair) -> None:
+    other = Pair("llama", seed=2)
+    with other.swarm, llama.model.inference_session(max_length=64) as session:
+        first = llama.model.generate(prompt(), **GREEDY)
+        other.same(prompt())  # not over the session whose block this is
+        with llama.blocks[1:4].inference_session(max_length=8):
+            rest = llama.model.generate(None, **GREEDY)
+        session.position = 0
+        llama.same(prompt(), assistant_model=other.model)
+        with pytest.raises(UsageError, match="another model's"):
+            other.model.generate(prompt(), session=session)
+    whole = llama.local.generate(prompt(), **GREEDY | {"max_new_tokens": 24})
+    assert torch.cat([first, rest], dim=1).tolist() == whole.tolist()
+
+
+def test_a_cache_that_was_switched_off_changes_no_token(llama: Pair) -> None:
+    off = GenerationConfig(**GREEDY, use_cache=False)
+    expected = llama.local.generate(prompt(), **GREEDY)
+    assert llama.model.generate(prompt(), generation_config=off).tolist() == expected.tolist()
+    with llama.model.inference_session(max_length=64):
+        got = llama.model.generate(prompt(), use_cache=False, **GREEDY)
+    assert got.tolist() == expected.tolist()
+
+
+def test_a_cache_that_holds_nothing_is_refused(llama: Pair) -> None:
+    with torch.no_grad():
+        begun = llama.model(prompt())  # whose cache transformers made
+    for cache in (begun.past_key_values, DynamicCache()):
+        with pytest.raises(UsageError, match="use_cache=True"):
+            llama.model(prompt()[:, :1], past_key_values=cache)
+        with pytest.raises(UsageError, match="use_cache=True"):
+            llama.model.generate(prompt(), past_key_values=cache, **GREEDY)
+
+
 def test_logits_and_a_loop_by_hand(llama: Pair) -> None:
     ids = prompt(rows=2)
     with torch.no_grad():
@@ -152,6 +223,9 @@ def test_hidden_states_of_every_block(llama: Pair) -> None:
         assert len(got) == len(expected) == LAYERS + 1
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.allclose(mine, theirs, atol=1e-4)
+        llama.model.config.output_hidden_states = True
+        assert len(llama.model(prompt()).hidden_states) == LAYERS + 1
+        llama.model.config.output_hidden_states = False
         with pytest.raises(UsageError, match="remote_blocks"):
             llama.model.generate(
                 prompt(), output_hidden_states=True, return_dict_in_generate=True, **GREEDY
@@ -182,6 +256,12 @@ def test_what_cannot_be_is_said(llama: Pair) -> None:
         session.position = 3
     with pytest.raises(IndexError):
         llama.blocks[4:4]
+    with pytest.raises(UsageError, match="1025 rows; a session may have 1024"):
+        llama.model.generate(prompt(rows=1025), **GREEDY)
+    with llama.model.inference_session(max_length=1 << 40):  # nobody reserves that much
+        llama.model.generate(prompt(), **GREEDY)
+        with pytest.raises(UsageError, match="has 1 rows, and these are 3"):
+            llama.model.generate(None, num_beams=3, **GREEDY)
 
 
 def test_everything_is_given_back(llama: Pair) -> None:

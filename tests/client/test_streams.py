@@ -129,6 +129,16 @@ def test_generate_async_returns_what_generate_returns(llama: Pair, padded: int) 
     assert got.tolist() == expected.tolist()
 
 
+def test_ids_may_be_named(llama: Pair) -> None:
+    """`**tokenizer(text)` brings them so."""
+    named = {"input_ids": prompt(rows=2), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    expected = llama.local.generate(**named, **GREEDY).tolist()
+    assert asyncio.run(llama.model.generate_async(**named, **GREEDY)).tolist() == expected
+    with llama.model.inference_session(max_length=64):
+        got = asyncio.run(collect(llama, None, input_ids=named["input_ids"][:1]))
+    assert got == expected[0][9:]
+
+
 def test_several_samples_of_one_prompt_are_reproducible(llama: Pair) -> None:
     def sample() -> list[list[int]]:
         options = GREEDY | {"do_sample": True, "num_return_sequences": 3}
@@ -261,8 +271,9 @@ def test_errors_are_those_of_generate() -> None:
         ({"return_dict_in_generate": True}, "logprobs"),
         ({"num_return_sequences": 2, "do_sample": True}, "one row"),
         ({"streamer": object()}, "streamer"),
+        ({"inputs_embeds": torch.zeros(1, 3, 48)}, "ids"),
     ],
-    ids=["beams", "drafts", "more than tokens", "several rows", "a streamer"],
+    ids=["beams", "drafts", "more than tokens", "several rows", "a streamer", "embeddings"],
 )
 def test_what_a_stream_cannot_do_is_said(llama: Pair, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
