@@ -85,6 +85,11 @@ class Recoveries:
         """They are about to be replaced; who is named again counts once."""
         self._losses |= {hop: loss_of(hop) for hop in hops}
 
+    def repeats(self, hop: Lost) -> bool:
+        """Whether the same server was lost before, for the same blocks and in the same step."""
+        place = hop.peer_id, hop.blocks
+        return any((loss.peer_id, loss.blocks) == place for loss in self._losses.values())
+
     def done(self, now: float, position: int) -> Recovery | None:
         """The step that began at `position` has its answer; what that took, if there was a loss."""
         losses, self._losses = tuple(self._losses.values()), {}

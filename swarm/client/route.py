@@ -33,7 +33,7 @@ _CANDIDATES = 8
 _COPIES = 2  # ahead of a hand-over: what came to it during the first one takes the second
 _FEW = 32  # positions that may be left for the pause
 _OPENING = 1.0  # seconds for a server to open a session, besides ten round trips
-# Refusals that say nothing bad about a server: open anew, perhaps there, and replay.
+# Refusals that say nothing bad about a server, if once in a step: open anew there, and replay.
 _INNOCENT = {ErrorCode.CANNOT_REWIND, ErrorCode.GAP}
 
 
@@ -364,7 +364,9 @@ class Route:
         if isinstance(failure, AdapterRefused):
             self._refused[hop.peer_id] = failure
         innocent = isinstance(failure, SessionClosed | AdapterRefused) or (
-            isinstance(failure, RemoteProtocolError) and failure.code in _INNOCENT
+            isinstance(failure, RemoteProtocolError)
+            and failure.code in _INNOCENT
+            and not self.recoveries.repeats(hop)
         )
         if failure is not None and not innocent and not hop.blamed:
             self._router.failed(hop.endpoint, failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from weakref import WeakSet
 
 from swarm.client.hop import Hop, Listener
 from swarm.client.route import Route, Router
@@ -36,6 +37,7 @@ class Tending:
         self._standbys = Standbys(text, self._second, standby_after)
         self._watch, self._doubtful = Watch(), False
         self._leaving: set[asyncio.Task[None]] = set()
+        self._told = WeakSet[Hop]()  # by these
 
     # Called between two steps, or at the begin or the end of one --------------------------------
 
@@ -97,7 +99,11 @@ class Tending:
     # Servers that leave --------------------------------------------------------------------------
 
     def leave(self, hop: Hop, listener: Listener) -> None:
-        """Its server said that it ends soon."""
+        """Its server said that it ends soon. Who says so again has been heard: each time we would
+        ask others for a session."""
+        if hop in self._told:
+            return
+        self._told.add(hop)
         self._leaving.add(task := asyncio.create_task(self._move(hop, listener)))
         task.add_done_callback(self._leaving.discard)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 
 from swarm.errors import ErrorCode
 from swarm.messages import (
+    Leaving,
     Message,
+    Open,
     Opened,
     Output,
     PushFailed,
@@ -94,6 +97,12 @@ HARMFUL: dict[str, Lie] = {
     ),
     "goodbye": about(Output, lambda output: [Refused(code=ErrorCode.INTERNAL, message="oops")]),
     **{
+        f"never has what was before: {code}": about(
+            Output, lambda output, code=code: [Refused(code=code, message="no")]
+        )
+        for code in (ErrorCode.GAP, ErrorCode.CANNOT_REWIND)
+    },
+    **{
         f"refuses: {code}": about(
             Opened, lambda opened, code=code: [Refused(code=code, message="no")]
         )
@@ -134,6 +143,22 @@ def test_lies_that_show_are_gone_round(liars: House, lie: Lie) -> None:
             if liars.servers[0].peer_id not in {hop.peer_id for hop in twin.session.hops}:
                 break
         assert liars.servers[0].peer_id in liars.swarm.router.banned
+
+
+def test_who_says_again_and_again_that_it_leaves_is_heard_once(liars: House) -> None:
+    liars.swarm.revive(liars.servers[0])
+    lying(liars, about(Output, lambda output: [*[Leaving()] * 50, output]))
+    openings: list[Message] = []
+
+    def note(*frame: Any) -> bool:
+        openings.extend([frame[3]] if isinstance(frame[3], Open) else [])
+        return False
+
+    with liars.twin(timeouts=IMPATIENT) as twin:
+        liars.swarm.trap(note, asyncio.Event().wait)  # type: ignore[arg-type]
+        twin.step(5)
+        twin.step()
+    assert len(openings) <= 4, "the route, and one to move to"
 
 
 HARMLESS: dict[str, tuple[Lie, Callable[[Message], Message]]] = {
