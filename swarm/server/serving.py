@@ -227,18 +227,10 @@ class Serving:
 
 
 async def _measure(held: _Held, rows: int, tokens: int) -> float:
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[float] = loop.create_future()
-
-    def job() -> None:
-        try:
-            found = throughput.measure(held.span, rows, tokens)
-        except OutOfPages:  # so many will never be together here
-            found = 0.0
-        loop.call_soon_threadsafe(lambda: done.done() or done.set_result(found))
-
-    held.executor.run_soon(job)
-    return await done
+    try:
+        return await held.executor.call(lambda: throughput.measure(held.span, rows, tokens))
+    except (OutOfPages, torch.OutOfMemoryError):  # so many will never be together here
+        return 0.0
 
 
 def _free_memory(device: torch.device) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ import torch
 from swarm.errors import OutOfPages
 from swarm.models.manifest import note_path
 from swarm.models.pages import PAGE
+from swarm.server import throughput
+from swarm.server.backend import Backend
+from swarm.server.executor import Executor
+from swarm.server.serving import _Held, _measure
 from swarm.server.throughput import (
     SHAPES,
     Speeds,
@@ -45,6 +51,30 @@ def test_what_finds_no_memory_is_not_measured() -> None:
     with pytest.raises(OutOfPages):
         measure(span, *SHAPES["of_16"])
     assert span.store.used == 0
+
+
+@pytest.mark.parametrize("error", [OutOfPages, torch.OutOfMemoryError])
+def test_a_device_without_memory_for_a_trial_goes_on_without(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server waited for ever for the figure, and never looked whether to move."""
+    handler: Any = None
+    span = span_of(tiny_model("llama"), 0, 2)
+
+    def fail(*_: object) -> float:
+        raise error("no memory")
+
+    async def go() -> float:
+        executor = Executor(Backend(span), 64)
+        executor.start()
+        try:
+            async with asyncio.timeout(5):
+                return await _measure(_Held(span, Speeds(), executor, handler), 16, 1)
+        finally:
+            await executor.stop()
+
+    monkeypatch.setattr(throughput, "measure", fail)
+    assert asyncio.run(go()) == 0.0
 
 
 def test_what_was_measured_is_remembered_for_the_same_span_and_machine_only() -> None:
