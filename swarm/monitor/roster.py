@@ -89,8 +89,8 @@ class Roster:
 
     def _meet(self, record: ServerRecord, gone: bool, now: float) -> list[Event]:
         member = self.members.get(record.peer_id)
-        if member is not None and record.announced_at < member.record.announced_at:
-            record = member.record
+        if member is not None and record.announced_at <= member.record.announced_at:
+            record = member.record  # of two that are as new, the one that came first
         state = State.LOST if gone else State(record.state)
         if member is None:
             lost_at = now if gone else None

@@ -12,7 +12,7 @@ from functools import partial
 
 from swarm.dht.directory import Directory, ModelListing, list_models
 from swarm.dht.memory import Dht
-from swarm.dht.records import ServerRecord
+from swarm.dht.records import ServerRecord, ServerState
 from swarm.errors import PeerUnavailable
 from swarm.loop import in_thread
 from swarm.monitor.feed import Feed, Json
@@ -177,9 +177,11 @@ class Watcher:
         for record in (server.record for server in view.servers):
             answer = answers.get(record.peer_id)
             told = answer.record if answer else None
-            newer = told is not None and told.announced_at > record.announced_at
-            mine = told is not None and told.model == record.model
-            records.append(told if told is not None and newer and mine else record)
+            if told is not None and told.announced_at > record.announced_at:
+                mine = (told.model, told.num_blocks) == (record.model, record.num_blocks)
+                record = told if mine else record
+            if record.state is not ServerState.OFFLINE:  # its farewell, before the DHT has it
+                records.append(record)
         events = watched.roster.update(
             records,
             silent=view.silent,

@@ -69,6 +69,15 @@ def test_a_polite_end_is_no_loss_even_if_the_door_closes_before_the_farewell_is_
     assert kinds(look(roster, 5)) == [Kind.LEFT]
 
 
+def test_who_says_two_things_at_a_time_is_believed_the_first() -> None:
+    """A stranger may sign both; state and record must be of one of them."""
+    roster, a = Roster(), record(0, state=ServerState.DRAINING)
+    look(roster, 0, a)
+    look(roster, 3, a.model_copy(update={"state": ServerState.ONLINE}))
+    member = roster.members[a.peer_id]
+    assert (member.state, member.record.state) == (State.DRAINING, ServerState.DRAINING)
+
+
 def test_a_move_is_told_and_older_records_change_nothing() -> None:
     roster, a = Roster(), record(0, "0:8")
     look(roster, 0, a)

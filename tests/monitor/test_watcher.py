@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from swarm.identity import Identity
 from swarm.monitor import watcher as module
 from swarm.monitor.ledger import Ledger
 from swarm.monitor.picture import Joining, model_key
+from swarm.monitor.pulse import Answer
 from swarm.monitor.watcher import Watcher
-from swarm.types import ModelId
+from swarm.types import BlockRange, ModelId
 from tests.monitor.simulated import MODEL, record
 
 ADA, BEA = Identity.ephemeral(), Identity.ephemeral()
@@ -76,6 +78,29 @@ def test_servers_come_and_go_and_the_feed_says_what_changed() -> None:
     model = story.look()["models"][KEY]
     assert (model["health"], list(model["servers"])) == ("degraded", [ADA.peer_id])
     assert model["events"][-1][1] == "left"
+
+
+def test_what_a_server_says_when_asked_may_be_its_farewell() -> None:
+    """Before it is in the DHT; or something about another model than it announces."""
+    story = Story()
+    told = announce(story.dht, ADA, blocks="0:24")
+    announce(story.dht, BEA, blocks="0:24")
+    answers: dict[str, Answer] = {}
+    story.watcher.pulse = SimpleNamespace(answers=answers, unreachable=(), beat=_nobody)  # type: ignore[assignment]
+    assert len(story.look()["models"][KEY]["servers"]) == 2
+    changes: dict[str, Any] = {"announced_at": told.announced_at + 1}
+    other = told.model_copy(update=changes | {"num_blocks": 4096, "blocks": BlockRange(0, 4000)})
+    answers[ADA.peer_id] = Answer(record=other)
+    assert story.look()["models"][KEY]["servers"][ADA.peer_id]["blocks"] == [0, 24]
+    farewell = told.model_copy(update=changes | {"state": ServerState.OFFLINE})
+    answers[ADA.peer_id] = Answer(record=farewell)
+    model = story.look()["models"][KEY]
+    assert list(model["servers"]) == [BEA.peer_id]
+    assert model["events"][-1][1:3] == ["left", ADA.peer_id]
+
+
+async def _nobody(*_: Any) -> int:
+    return 0
 
 
 def test_only_wanted_models_are_watched_and_never_too_many(monkeypatch: Any) -> None:
