@@ -277,7 +277,7 @@ class SpanCache(_Clocked):
             self._store.charge(needed)
             self._charged = needed
         kinds = self._store.kinds(self.blocks)
-        self.tables = {kind: self._store.open(kind, self._rows) for kind in kinds}
+        self.tables = {kind: self._store.open(kind, self._rows, self.max_length) for kind in kinds}
 
     def settle(self) -> None:
         """Forget a pass that was not to be: its pages go back."""

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 1 << 30  # bytes, until somebody sets `KvStore.budget`
 _SMALLEST, _LARGEST = 64, 8  # a slab takes between a 64th and an 8th of the budget
+_AHEAD = 2  # times what the sessions on a part of the blocks may need at most is taken for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class _Shelf:
         self.page_bytes = page_bytes
         self.pool = PagePool()
         self.slabs: list[Slab] = []  # by page number
-        self.tables: set[PageTable] = set()
+        self.tables: dict[PageTable, int] = {}  # and how many pages each may need
         self.next_page = 0
 
 
@@ -109,10 +110,7 @@ class KvStore:
         """What a session of so many tokens needs at most, but for a long step through a window."""
         total = self.state_bytes(blocks, rows, tokens)
         for kind in self.kinds(blocks):
-            kept = tokens
-            if kind.window is not None:
-                kept = min(tokens, kind.window + SLACK + PAGE)
-            total += rows * -(-kept // PAGE) * self.page_bytes(kind)
+            total += rows * _pages(kind, tokens) * self.page_bytes(kind)
         return total
 
     def state_bytes(self, blocks: BlockRange, rows: int, tokens: int) -> int:
@@ -161,17 +159,18 @@ class KvStore:
     def slabs(self, kind: Kind) -> list[Slab]:
         return self._shelves[kind].slabs
 
-    def open(self, kind: Kind, rows: int) -> PageTable:
+    def open(self, kind: Kind, rows: int, tokens: int) -> PageTable:
+        """For a session of at most so many tokens."""
         if kind not in self._shelves:
             self._shelves[kind] = _Shelf(self.page_bytes(kind))
         shelf = self._shelves[kind]
         table = PageTable(shelf.pool, rows, kind.window)
-        shelf.tables.add(table)
+        shelf.tables[table] = rows * _pages(kind, tokens)
         return table
 
     def close(self, kind: Kind, table: PageTable) -> None:
         table.release()
-        self._shelves[kind].tables.discard(table)
+        self._shelves[kind].tables.pop(table, None)
 
     # Room ------------------------------------------------------------------------------------
 
@@ -208,10 +207,19 @@ class KvStore:
             if self.device.type == "cuda" and not held:
                 least = max(least, left // 2)  # passes within one slab can be replayed
             count = min(max(least, min(held, most)), left)
+            if not self._is_whole(kind):
+                # A few tokens in each of many sub-spans must not take all memory from others.
+                wanted = _AHEAD * sum(shelf.tables.values()) - held
+                count = min(count, max(wanted, pages - shelf.pool.free))
             if count > 0 and self._add_slab(kind, shelf, count):
                 continue
             if not self._give_up_a_slab(but=shelf):
                 raise self._full()
+
+    def _is_whole(self, kind: Kind) -> bool:
+        """Whether it has all layers of its reach that are here."""
+        alike = [shape for shape in self._layers.values() if shape.window == kind.window]
+        return len(self.layers_of(kind)) == len(alike)
 
     def _add_slab(self, kind: Kind, shelf: _Shelf, count: int) -> bool:
         """False if the device has not as much memory as it was thought to have."""
@@ -294,6 +302,13 @@ def _by_slab(
         (slab, page), (other, its_page) = place(slabs, one), place(slabs, two)
         found.setdefault((slab, other), []).append((page, its_page))
     return found
+
+
+def _pages(kind: Kind, tokens: int) -> int:
+    """Of a row of so many tokens, at most."""
+    if kind.window is not None:
+        tokens = min(tokens, kind.window + SLACK + PAGE)
+    return -(-tokens // PAGE)
 
 
 def _within(layer: int, blocks: BlockRange) -> bool:

@@ -123,6 +123,19 @@ def test_room_that_one_kind_of_session_left_serves_another() -> None:
     memory.check_integrity()
 
 
+def test_few_tokens_in_many_sub_spans_take_no_more_than_twice_what_they_may_need() -> None:
+    """Memory that is taken for one kind of session serves no other, as long as anybody is there."""
+    memory = store()
+    spans = [BlockRange(start, end) for end in range(1, 5) for start in range(end)]
+    spans.remove(BlockRange(0, 4))
+    for blocks in spans:
+        SpanCache(PLAN, blocks, batch_size=1, max_length=2, store=memory).make_room(1)
+    assert memory.taken <= 2 * sum(memory.session_bytes(blocks, 1, 2) for blocks in spans)
+    whole = SpanCache(PLAN, BlockRange(0, 4), batch_size=1, max_length=1 << 17, store=memory)
+    whole.make_room(PAGE * ((memory.budget - memory.taken) // (2 * PAGE_BYTES)))
+    memory.check_integrity()
+
+
 def test_what_a_former_owner_left_is_wiped() -> None:
     memory = store(pages=1)
     first = llama_cache(memory=memory)
