@@ -122,6 +122,8 @@ def _dtype_name(dtype: str | torch.dtype) -> DType | None:
 
 
 def _prompts(model: Any, blocks: RemoteBlocks, mode: str | None, length: int) -> SoftPrompts | None:
-    if mode is None:
+    if mode is None and not length:
         return None
+    if mode is None:
+        raise UsageError(f"pre_seq_len={length} goes with tuning_mode='ptune' or 'deep_ptune'")
     return SoftPrompts(mode, length, len(blocks), model.get_input_embeddings().weight)

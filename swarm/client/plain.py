@@ -227,6 +227,7 @@ class PlainMixin:
         if plain and generation_config.prefill_chunk_size is None:
             cache = _plain_cache(input_ids, model_kwargs)
             theirs = all(map(_is_theirs, (*logits_processor, *stopping_criteria)))
+            theirs = theirs and _prepares_inputs_itself(self)
             decoder = self._decoder() if cache is not None and theirs else None
             if cache is not None and decoder is not None and decoder.ends.as_made:
                 remote = cache.session.remote(1)
@@ -260,6 +261,12 @@ def _is_theirs(part: object) -> bool:
     """Written by transformers, and neither calls back nor runs the model."""
     calls = (PrefixConstrainedLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
     return type(part).__module__.startswith("transformers.") and not isinstance(part, calls)
+
+
+def _prepares_inputs_itself(model: object) -> bool:
+    """Nobody else does it for the model, as PEFT's prompt tuning would."""
+    own = vars(model).get("prepare_inputs_for_generation")
+    return own is None or getattr(own, "__self__", None) is model
 
 
 def _follow(

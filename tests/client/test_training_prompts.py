@@ -229,14 +229,22 @@ def test_peft_s_own_prompt_tuning_works() -> None:
     batch = texts(rows=2, tokens=9)
     with pair.swarm:
         found: list[Any] = []
+        written: list[torch.Tensor] = []
         for each in (pair.local, pair.model):
             torch.manual_seed(1)
             options: Any = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 4}
             tuned: Any = get_peft_model(each, PromptTuningConfig(**options))
             loss = tuned(**batch).loss
             loss.backward()
-            found.append(tuned.prompt_encoder.default.embedding.weight.grad)
+            prompts = tuned.prompt_encoder.default.embedding.weight
+            found.append(prompts.grad)
+            prompts.data *= 20
+            written += [tuned.generate(input_ids=prompt(), **GREEDY) for _ in range(2)]
         assert agree(found[1], found[0])
+        plain = pair.local.generate(prompt(), **GREEDY)
+        assert not torch.equal(written[0], plain)
+        assert all(torch.equal(each, written[0]) for each in written)
+        assert torch.equal(pair.model.generate(prompt(), **GREEDY), plain)
 
 
 @pytest.mark.parametrize(
