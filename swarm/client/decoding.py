@@ -114,18 +114,17 @@ class Decoder:
 @torch.no_grad()
 def _advance(ends: Ends, batch: Sequence[_Turn]) -> None:
     """Fill in tokens, and what to send next."""
+    choosing: list[_Turn] = []
+    for turn in batch:
+        if turn.hidden is not None:
+            choosing.append(turn)
+        else:
+            _embed(ends, [turn], torch.tensor([turn.text.prompt[turn.begin :]]))
     try:
-        choosing: list[_Turn] = []
-        for turn in batch:
-            if turn.hidden is not None:
-                choosing.append(turn)
-            else:
-                prompt = torch.tensor([turn.text.prompt[turn.begin :]])
-                turn.embedded = ends.embed(prompt, [turn.begin])
         if choosing:
             _choose(ends, choosing)
     except Exception as error:  # noqa: BLE001  # whatever it is, those who wait must hear of it
-        for turn in batch:
+        for turn in choosing:
             turn.error = turn.error or error
 
 
@@ -144,7 +143,19 @@ def _choose(ends: Ends, batch: Sequence[_Turn]) -> None:
         except Exception as error:  # noqa: BLE001  # one text's criterion must not stop others
             turn.error = error
     if going:
-        ids = torch.tensor([[turn.text.ids[-1]] for turn in going])
-        embedded = ends.embed(ids, [turn.begin for turn in going])
-        for turn, row in zip(going, embedded.split(1), strict=True):
+        _embed(ends, going, torch.tensor([[turn.text.ids[-1]] for turn in going]))
+
+
+def _embed(ends: Ends, batch: Sequence[_Turn], ids: Tensor) -> None:
+    """`ids` [len(batch), T] to what is sent next."""
+    try:
+        embedded = ends.embed(ids, [turn.begin for turn in batch])
+    except Exception as error:  # noqa: BLE001  # one text's ids or length must not stop others
+        if len(batch) == 1:
+            batch[0].error = error
+            return
+        for turn, row in zip(batch, ids.split(1), strict=True):
+            _embed(ends, [turn], row)
+    else:
+        for turn, row in zip(batch, embedded.split(1), strict=True):
             turn.embedded = row

@@ -251,6 +251,16 @@ def test_one_text_s_error_is_its_own(llama: Pair) -> None:
     assert fine == new_ids(llama, prompt(seed=1))
 
 
+def test_ids_that_the_model_does_not_have_are_one_text_s_trouble(llama: Pair) -> None:
+    async def both() -> tuple[Any, Any]:
+        strange = collect(llama, torch.tensor([[10**6]]))
+        return await asyncio.gather(strange, collect(llama, prompt()), return_exceptions=True)
+
+    failed, fine = asyncio.run(both())
+    assert isinstance(failed, IndexError)
+    assert fine == new_ids(llama, prompt())
+
+
 def test_errors_are_those_of_generate() -> None:
     pair = Pair("llama", seed=3)
     connection = pair.blocks.connection
