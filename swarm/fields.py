@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from swarm.types import DTYPE_BYTES, Codec, DType, mxint8_bytes
 
@@ -14,10 +14,6 @@ MAX_TOKENS = 1 << 20  # positions a session may have
 MAX_BATCH = 1 << 10
 MAX_BLOCKS = 1 << 12
 MAX_PADDING = 1 << 16
-
-
-def as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
 
 
 Id = Annotated[bytes, Field(min_length=16, max_length=16)]
@@ -30,13 +26,11 @@ TraceParent = Annotated[str, Field(max_length=55, pattern=r"^(00-[0-9a-f]{32}-[0
 Record = Annotated[bytes, Field(min_length=1, max_length=1024)]
 Rows = Annotated[
     tuple[Annotated[int, Field(ge=0, lt=MAX_BATCH)], ...],
-    BeforeValidator(as_tuple),
-    Field(min_length=1, max_length=MAX_BATCH),
+    Field(strict=False, min_length=1, max_length=MAX_BATCH),
 ]
 Shape = Annotated[
     tuple[Annotated[int, Field(ge=0, le=1 << 24)], ...],
-    BeforeValidator(as_tuple),
-    Field(min_length=1, max_length=5),
+    Field(strict=False, min_length=1, max_length=5),
 ]
 
 
@@ -82,9 +76,7 @@ class Opening(Frozen):
 
     protocol_min: Count = PROTOCOL_VERSION
     protocol_max: Count = PROTOCOL_VERSION
-    capabilities: Annotated[
-        tuple[ShortText, ...], BeforeValidator(as_tuple), Field(max_length=32)
-    ] = ()
+    capabilities: Annotated[tuple[ShortText, ...], Field(strict=False, max_length=32)] = ()
     model: ShortText
     fingerprint: Annotated[str, Field(min_length=64, max_length=64)]
     dtype: DType

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from swarm.errors import ErrorCode
 from swarm.fields import MAX_BATCH as MAX_BATCH
@@ -31,7 +31,6 @@ from swarm.fields import (
     ShortText,
     TensorFrame,
     TraceParent,
-    as_tuple,
 )
 from swarm.messages_training import Back, Bundle, Lend, Lent, Piece, Train, Trained
 from swarm.types import Codec
@@ -58,9 +57,7 @@ class Opened(Frozen):
 
     kind: Literal["opened"] = "opened"
     protocol: Count
-    capabilities: Annotated[
-        tuple[ShortText, ...], BeforeValidator(as_tuple), Field(max_length=32)
-    ] = ()
+    capabilities: Annotated[tuple[ShortText, ...], Field(strict=False, max_length=32)] = ()
     window: Annotated[int, Field(ge=1, le=1 << 10)]
     max_step_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
     load: Load = Load()
@@ -82,7 +79,7 @@ class Step(Frozen):
     step: Count
     start: Position
     hidden: TensorFrame
-    inputs: Annotated[dict[ShortText, TensorFrame], Field(max_length=8)] = {}  # noqa: RUF012
+    inputs: dict[ShortText, TensorFrame] = Field(default_factory=dict, max_length=8)
     crop_to: Position | None = None
     reorder: Rows | None = None
     push: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from swarm.fields import (
     Block,
@@ -17,7 +17,6 @@ from swarm.fields import (
     Shape,
     ShortText,
     TensorFrame,
-    as_tuple,
 )
 from swarm.types import DTYPE_BYTES, Codec
 
@@ -79,16 +78,14 @@ class Lend(Opening):
     consists of, whoever has their blocks: its hash is theirs."""
 
     kind: Literal["lend"] = "lend"
-    bundles: Annotated[
-        tuple[BundleSpec, ...], BeforeValidator(as_tuple), Field(min_length=1, max_length=512)
-    ]
+    bundles: Annotated[tuple[BundleSpec, ...], Field(strict=False, min_length=1, max_length=512)]
 
 
 class Lent(Frozen):
     """Server to client: the bundles of these blocks are `missing`; none is once all can be used."""
 
     kind: Literal["lent"] = "lent"
-    missing: Annotated[tuple[Block, ...], BeforeValidator(as_tuple), Field(max_length=512)] = ()
+    missing: Annotated[tuple[Block, ...], Field(strict=False, max_length=512)] = ()
 
 
 class Bundle(Frozen):

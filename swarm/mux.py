@@ -78,7 +78,7 @@ class Channel:
         self.handler: asyncio.Task[None] | None = None  # cancelled when the stream breaks
         self._frames: deque[bytes] = deque()
         self._unread = 0
-        self._early: dict[int, tuple[Kind, bytes]] = {}
+        self._early: dict[int, tuple[int, bytes]] = {}
         self._expected = 0
         self._sent = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -144,7 +144,7 @@ class Channel:
         self._link.post(self._number, self._sent, kind, payload)
         self._sent += 1
 
-    def arrive(self, sequence: int, kind: Kind, payload: bytes) -> None:
+    def arrive(self, sequence: int, kind: int, payload: bytes) -> None:
         """By either connection; in order from here on. Raises RemoteProtocolError."""
         if not self._expected <= sequence <= self._expected + _EARLY_FRAMES:
             raise RemoteProtocolError(ErrorCode.OUT_OF_ORDER, f"frame {sequence} is out of turn")
@@ -154,9 +154,9 @@ class Channel:
             self.cancel("too much came that nobody reads")
         while (due := self._early.pop(self._expected, None)) is not None:
             self._expected += 1
-            if due[0] is Kind.DATA:
+            if due[0] == Kind.DATA:
                 self._frames.append(due[1])
-            elif due[0] is Kind.END:
+            elif due[0] == Kind.END:
                 self._they_ended = True
                 # Who was dialled ends when all is said: we have nobody to talk to either.
                 self._we_ended = self._we_ended or self._link.dialled
@@ -365,11 +365,11 @@ class Link:
                 raise _bad("a frame is not [stream, number, kind, bytes]")
             if len(payload) > MAX_FRAME_BYTES:
                 raise RemoteProtocolError(ErrorCode.OVERSIZE, f"a frame of {len(payload)} bytes")
-            self._dispatch(number, sequence, Kind(kind), payload)
+            self._dispatch(number, sequence, kind, payload)
 
-    def _dispatch(self, number: int, sequence: int, kind: Kind, payload: bytes) -> None:
+    def _dispatch(self, number: int, sequence: int, kind: int, payload: bytes) -> None:
         channel = self._channels.get(number)
-        if kind is Kind.RESET:
+        if kind == Kind.RESET:
             self._last = max(self._last, number if self._accept else 0)
             if channel is not None:
                 self.forget(number)
@@ -383,7 +383,7 @@ class Link:
             if self._accept is None or len(self._channels) >= _STREAMS:
                 raise _bad(f"stream {number} was not opened")
             channel = self._channels[number] = Channel(self, number)
-        if kind is Kind.OPEN:
+        if kind == Kind.OPEN:
             if self._accept is None or number <= self._last:
                 raise _bad(f"stream {number} was opened twice")
             self._last = number

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Coroutine
+from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 from swarm.certificates import Certificate, check_certificate, fetch_certificate, target_name
@@ -21,8 +22,10 @@ from swarm.transport import Endpoint, Service, Stream, StreamHandler, Transport
 from swarm.wire import encode, pack, unpack
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr what we raise
+if int(version("grpcio").split(".")[1]) < 86:  # who does not know these names writes to stderr, too
+    # With its newer sockets a message wakes three more threads at each end (docs/benchmarks.md).
+    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
-import grpc
 import grpc.aio
 
 logger = logging.getLogger(__name__)
@@ -216,8 +219,7 @@ class RpcServer:
             task.add_done_callback(self._running.discard)
 
     async def _info(self, stream: Stream) -> None:
-        question = await stream.receive()
-        if question is not None:
+        if (question := await stream.receive()) is not None:
             await stream.send(await self._service.info(question))
 
 
@@ -336,13 +338,11 @@ async def _connect(endpoint: Endpoint, timeout: float, hello: bytes) -> _Dialled
         async with asyncio.timeout(timeout):
             pem = await fetch_certificate(endpoint.host, endpoint.port, timeout)
             check_certificate(pem, peer_id=endpoint.peer_id, digest=endpoint.certificate_digest)
+            name = ("grpc.ssl_target_name_override", target_name(endpoint.peer_id))
             channel = grpc.aio.secure_channel(
                 f"dns:///{_address(endpoint.host, endpoint.port)}",
                 grpc.ssl_channel_credentials(root_certificates=pem),
-                [
-                    *_CLIENT_OPTIONS,
-                    ("grpc.ssl_target_name_override", target_name(endpoint.peer_id)),
-                ],
+                [*_CLIENT_OPTIONS, name],
             )
             pipe = _DialledPipe(channel, where)
             try:

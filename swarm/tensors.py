@@ -21,6 +21,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+_SENT = {"dtype", "shape", "data"}  # of a frame without a codec
+
 # torch warns that bytes are read-only; nobody writes into a received tensor.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
@@ -34,10 +36,14 @@ def to_frame(tensor: torch.Tensor, codec: Codec = "none") -> TensorFrame:
             data=encode_mxint8(tensor),
             codec=codec,
         )
-    dense = tensor.detach().to("cpu").contiguous()
-    data = dense.view(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+    # Few calls, since between two steps each of them has gone from the processor's caches.
+    plain = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor  # as numpy likes
     return TensorFrame.model_construct(
-        dtype=DTYPE_NAMES[dense.dtype], shape=tuple(dense.shape), data=data
+        dtype=DTYPE_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        data=plain.numpy(force=True).tobytes(),
+        codec="none",
+        _fields_set=_SENT,
     )
 
 

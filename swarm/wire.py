@@ -8,6 +8,7 @@ import msgpack
 from pydantic import TypeAdapter, ValidationError
 
 from swarm.errors import ErrorCode, LocalProtocolError, RemoteProtocolError
+from swarm.fields import Frozen
 from swarm.messages import AnyMessage, Message
 
 MAX_FRAME_BYTES = 16 << 20
@@ -20,8 +21,9 @@ _messages: TypeAdapter[Any] = TypeAdapter(AnyMessage)
 
 
 def pack(value: object) -> bytes:
-    """Plain values (dict, list, str, bytes, int, float, bool, None) to msgpack bytes."""
-    packed: bytes | None = msgpack.packb(value, use_bin_type=True)
+    """Plain values (dict, list, str, bytes, int, float, bool, None), and what messages are made of,
+    to msgpack bytes."""
+    packed: bytes | None = msgpack.packb(value, use_bin_type=True, default=_given)
     assert packed is not None
     return packed
 
@@ -58,9 +60,18 @@ def unpack(data: bytes, max_size: int = MAX_FRAME_BYTES) -> object:
         raise RemoteProtocolError(ErrorCode.BAD_FRAME, "a frame that is not msgpack") from error
 
 
-def encode(message: Message) -> bytes:
-    """One message to one frame. Raises LocalProtocolError if it is larger than a frame may be."""
-    data = pack(message.model_dump(exclude_defaults=True) | {"kind": message.kind})
+def _given(part: Frozen) -> dict[str, object]:
+    """What differs from the defaults, or was given all the same."""
+    given = part.model_fields_set
+    return {name: value for name, value in vars(part).items() if name in given}
+
+
+def encode(message: Message, **changes: object) -> bytes:
+    """One message, with other values in some fields, to one frame.
+
+    Raises LocalProtocolError if it is larger than a frame may be.
+    """
+    data = pack(_given(message) | changes | {"kind": message.kind})
     if len(data) > MAX_FRAME_BYTES:
         raise LocalProtocolError(f"a {message.kind} of {len(data)} bytes does not fit into a frame")
     return data

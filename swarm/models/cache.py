@@ -259,7 +259,7 @@ class SpanCache(_Clocked):
         except OutOfPages:
             self.settle()
             raise
-        self._room = self.length + tokens
+        self._room = -(-(self.length + tokens) // PAGE) * PAGE
 
     def receive(self, length: int, kind: Kind, first: int) -> None:
         """Make room for `length` tokens in one kind of layer, which arrive from elsewhere without

@@ -58,7 +58,8 @@ class Executor:
         self._parked: dict[int, int] = {}  # tokens done, of works that wait for pages
         self._without_pages: dict[int, float] = {}  # since when, also while they try again
         self._next_try = self._next_refusal = 0.0
-        self._futures: dict[int, asyncio.Future[Work]] = {}
+        self._futures: dict[int, tuple[asyncio.Future[Work], float]] = {}  # and when it is late
+        self._alarm: asyncio.TimerHandle | None = None  # for the first that may be
         self._turns = Turns()  # of training
         self._trainings: set[asyncio.Future[Any]] = set()
         self._training_tokens = _TRAINING_PASSES * pass_tokens
@@ -80,7 +81,9 @@ class Executor:
         self._stopping = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
-        for future in (*self._futures.values(), *self._trainings):
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for future in (*(future for future, _ in self._futures.values()), *self._trainings):
             if not future.done():
                 future.set_exception(_leaving())
 
@@ -173,8 +176,10 @@ class Executor:
             raise _leaving()
         assert self._loop is not None
         future: asyncio.Future[Work] = self._loop.create_future()
-        self._futures[work.key] = future
-        timer = self._loop.call_later(work.deadline, self._expire, future, work.deadline)
+        late = self._loop.time() + work.deadline
+        self._futures[work.key] = future, late
+        if self._alarm is None or late < self._alarm.when():
+            self._set_alarm(late)
         if not self._arriving:
             self._loop.call_soon(self._hand_over)
         self._arriving.append(work)
@@ -184,7 +189,6 @@ class Executor:
             self._inbox.put(lambda: self._drop(work.key))
             raise
         finally:
-            timer.cancel()
             del self._futures[work.key]
 
     def _hand_over(self) -> None:
@@ -193,11 +197,23 @@ class Executor:
         works, self._arriving = self._arriving, []
         self._inbox.put(lambda: [self._add(work) for work in works])
 
-    @staticmethod
-    def _expire(future: asyncio.Future[Work], deadline: float) -> None:
-        if not future.done():
-            why = f"the step was not ready within {deadline:g} s"
-            future.set_exception(RemoteProtocolError(ErrorCode.DEADLINE, why))
+    def _set_alarm(self, at: float) -> None:
+        """One for all, which rings in vain as a rule: a timer for each step takes longer."""
+        assert self._loop is not None
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self._loop.call_at(at, self._expire)
+
+    def _expire(self) -> None:
+        assert self._loop is not None
+        self._alarm, now = None, self._loop.time()
+        waiting = [(late, future) for future, late in self._futures.values() if not future.done()]
+        for late, future in waiting:
+            if late <= now:
+                why = "the step was not ready within its deadline"
+                future.set_exception(RemoteProtocolError(ErrorCode.DEADLINE, why))
+        if left := [late for late, _ in waiting if late > now]:
+            self._set_alarm(min(left))
 
     # From here on: the device thread --------------------------------------------------------
 
@@ -253,6 +269,8 @@ class Executor:
             job = self._inbox.get(wait != 0, wait)
             while job is not None:
                 job()
+                if self._inbox.empty():
+                    return True
                 job = self._inbox.get_nowait()
         except queue.Empty:
             return True
@@ -271,7 +289,6 @@ class Executor:
             refusal = RemoteProtocolError(ErrorCode.INTERNAL, f"{type(error).__name__} in pass")
             failures = {piece.key: refusal for piece in slices}
         end = time.perf_counter()
-        self._scheduler.passed(begin, end)
         self._busy += end - begin
         finished, before = list[Finished](), self._tokens
         for piece in slices:
@@ -285,11 +302,14 @@ class Executor:
                 self._tokens += work.hidden.shape[0] * (piece.end - piece.begin)
                 self._without_pages.pop(piece.key, None)
             if failure is not None or piece.last:
-                self._drop(piece.key)
                 finished.append((work, failure))
-        self.meters.passed(len(slices), self._tokens - before, end - begin)
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._finish, finished, (end - begin) * 1e3)
+        # While the loop wakes up:
+        for work, _ in finished:
+            self._drop(work.key)
+        self._scheduler.passed(begin, end)
+        self.meters.passed(len(slices), self._tokens - before, end - begin)
 
     def _rest(self, now: float) -> float | None:
         """Seconds until a unit of training may run; None: there is none, or it has to wait."""
@@ -352,7 +372,7 @@ class Executor:
         self._step_ms.append(elapsed_ms)
         self._median_step_ms = None
         for work, failure in finished:
-            future = self._futures.get(work.key)
+            future, _ = self._futures.get(work.key, (None, 0.0))
             if future is None or future.done():
                 continue
             if failure is None:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from swarm.errors import PeerUnavailable, RemoteProtocolError, SwarmError
 from swarm.loop import heed_cancelling
-from swarm.messages import Attach, PushTarget, Refused, Step
+from swarm.messages import Attach, PushTarget, Refused, Step, TensorFrame
 from swarm.models.spans import SpanCache
 from swarm.models.storage import KvStore
 from swarm.server.executor import Executor
@@ -52,23 +52,25 @@ class Pusher:
     def redirect(self, target: PushTarget | None) -> None:
         self._target = target
 
-    async def push(self, step: Step) -> bool:
-        """Hand a step over for sending; False if there is nobody to push to."""
-        target = self._target
+    async def push(self, step: Step, became: TensorFrame | None = None) -> bool:
+        """Hand a step over for sending, with what it `became` in place of its hidden states; False
+        if there is nobody to push to."""
+        target, hidden = self._target, became or step.hidden
         if target is None:
             return False
-        if not self._send_nowait(target, step):
+        if not self._send_nowait(target, step, hidden):
+            step = step.model_copy(update={"hidden": hidden})
             await self._queue.put((target, step))  # room comes: every send has its deadline
         return True
 
-    def _send_nowait(self, target: PushTarget, step: Step) -> bool:
+    def _send_nowait(self, target: PushTarget, step: Step, hidden: TensorFrame) -> bool:
         """A small step (a large one had better wait in turn) if nothing is in its way."""
         at, stream = self._ready or (None, None)
-        small = len(step.hidden.data) <= _SMALL
+        small = len(hidden.data) <= _SMALL
         if stream is None or at is not target or not small or not self._queue.empty():
             return False
         self._last = (step.epoch, step.step)
-        return stream.send_nowait(encode(step))
+        return stream.send_nowait(encode(step, hidden=hidden))
 
     async def prepare(self, target: PushTarget) -> None:
         """Dial, since links stay; whoever cannot will find out when it matters."""

@@ -31,6 +31,7 @@ from swarm.messages import (
     Step,
     Sync,
     Synced,
+    TensorFrame,
 )
 from swarm.models.spans import SpanCache
 from swarm.models.storage import KvStore
@@ -152,7 +153,7 @@ class Session:
 
     async def leave(self) -> None:
         """Tell a client who can have the session handed over that this server ends soon."""
-        if self._guest.moves:
+        if self._guest.moves and not self._outbox.full():  # who does not read must not delay it
             await self._send(Leaving())
 
     async def inherit(self, message: Inherit | Heritage) -> Inherit | None:
@@ -272,19 +273,18 @@ class Session:
             self._hold(-size)
             return
         if verdict is Verdict.COMPUTE:
-            await self._apply(step)
-        assert self._kept is not None
-        computed, compute_ms = self._kept
+            computed, (hidden, compute_ms) = step, await self._apply(step)
+        else:
+            assert self._kept is not None
+            computed, compute_ms = self._kept
+            computed, hidden = computed.model_copy(update={"epoch": step.epoch}), computed.hidden
         done = time.perf_counter()
-        if computed.epoch != step.epoch:
-            computed = computed.model_copy(update={"epoch": step.epoch})
         # What a newer epoch has overtaken is the client's business, and its next hop another one's.
         current = step.push and step.epoch == self._ledger.epoch
-        pushed = current and await self._pusher.push(computed)
-        self._counters.pushes += pushed
+        pushed = current and await self._pusher.push(computed, hidden)
         if pushed:
+            self._counters.pushes += 1
             await asyncio.sleep(0)  # what goes to the next hop leaves before the copy is made
-        hidden = computed.hidden
         output = Output(
             epoch=step.epoch,
             step=step.step,
@@ -296,9 +296,11 @@ class Session:
         )
         await self._send(output, size)
         if verdict is Verdict.COMPUTE:
+            self._kept = step.model_copy(update={"hidden": hidden}), compute_ms
             self._house.executor.meters.stepped(step, begin, done, compute_ms)
 
-    async def _apply(self, step: Step) -> None:
+    async def _apply(self, step: Step) -> tuple[TensorFrame, float]:
+        """What it becomes, and its compute_ms."""
         work = Work(
             key=self._house.executor.next_key(),
             client=self._guest.client,
@@ -318,7 +320,7 @@ class Session:
         hidden = to_frame(work.result(), self._guest.codec)
         replaced = len(self._kept[0].hidden.data) if self._kept is not None else 0
         self._hold(len(hidden.data) - replaced)
-        self._kept = step.model_copy(update={"hidden": hidden}), work.compute_ms
+        return hidden, work.compute_ms
 
     async def _send(self, message: Message | RemoteProtocolError, size: int = 0) -> None:
         """Answer; `size` bytes are held until the answer has left."""

@@ -335,6 +335,27 @@ def test_who_leaves_while_waiting_for_pages_is_forgotten(
     run(span, body, budget=8)
 
 
+def test_one_alarm_serves_all_deadlines(span: Span, held: Gate) -> None:
+    async def body(executor: Executor) -> None:
+        async def late(deadline: float) -> None:
+            with pytest.raises(RemoteProtocolError) as refusal:
+                await executor.submit(
+                    work(executor, hidden_of(span, 1), cache_of(span), deadline=deadline)
+                )
+            assert refusal.value.code is ErrorCode.DEADLINE
+
+        patient = work(executor, hidden_of(span, 1), cache_of(span))
+        waiting = asyncio.create_task(executor.submit(patient))
+        assert await asyncio.to_thread(held.reached.wait, TIMEOUT)
+        await asyncio.gather(late(0.02), late(0.01))  # it was set for a minute
+        await late(0.01)
+        assert not waiting.done()
+        held.set()
+        assert await waiting is patient
+
+    run(span, body)
+
+
 def test_what_is_run_soon_is_run_between_passes_on_the_device_thread(
     span: Span, held: Gate
 ) -> None:

@@ -109,6 +109,18 @@ def test_steps_arrive_in_order_behind_one_attach() -> None:
     run(body, target("one"))
 
 
+def test_what_steps_became_is_sent_in_place_of_what_they_were() -> None:
+    async def body(net: Net) -> None:
+        became = TensorFrame(dtype="float32", shape=(1, 1, 2), data=bytes(range(8)))
+        for number in range(3):  # the first one waits until somebody has dialled
+            assert await net.pusher.push(step(number), became)
+            await net.until(lambda number=number: len(net.steps("one")) == number + 1)
+        sent = [message for message in net.got["one"] if isinstance(message, Step)]
+        assert sent == [step(n).model_copy(update={"hidden": became}) for n in range(3)]
+
+    run(body, target("one"))
+
+
 def test_nobody_to_push_to() -> None:
     async def body(net: Net) -> None:
         assert not await net.pusher.push(step(0))
