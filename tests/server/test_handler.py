@@ -8,6 +8,7 @@ import logging
 import threading
 import tracemalloc
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from swarm.errors import ErrorCode, PeerUnavailable
 from swarm.identity import SwarmKey
 from swarm.messages import (
+    HAND_OVER,
     Attach,
     Close,
     Info,
@@ -170,6 +172,25 @@ def test_a_client_that_does_not_read_loses_its_session_only() -> None:
             with pytest.raises(PeerUnavailable):
                 await flood(town, talk, 1 << 30)
             await town.honest()
+
+        town.run(go())
+        town.swarm.assert_quiet()
+
+
+def test_a_client_that_does_not_read_delays_nobody_s_farewell() -> None:
+    with alone(send_timeout=30.0) as town:
+
+        async def go() -> None:
+            talk = await town.stranger.open(town.server, capabilities=(HAND_OVER,))
+            flooding = asyncio.create_task(flood(town, talk, 1 << 30))
+            session = town.server.handler._sessions[talk.opening.session_id][1]
+            while not session._outbox.full():  # noqa: ASYNC110  # nobody tells
+                await asyncio.sleep(0)
+            async with asyncio.timeout(5.0):
+                await town.server.handler.leave()
+            talk.stream.cancel()
+            with suppress(PeerUnavailable):
+                await flooding
 
         town.run(go())
         town.swarm.assert_quiet()
