@@ -175,7 +175,7 @@ class PlainMixin:
         (text,) = texts
         text.logprobs = logprobs
         if seed is not None:
-            text.generator = torch.Generator().manual_seed(seed)
+            text.generator = torch.Generator(text.device).manual_seed(seed)
         return text, self._decoder()
 
     def _padding(self, kwargs: Mapping[str, Any]) -> int:
@@ -220,6 +220,7 @@ class PlainMixin:
             processors=logits_processor,
             criteria=stopping_criteria,
             sample=generation_config.do_sample,
+            device=input_ids.device,
         )
         if asked is not None:
             asked.append(text)

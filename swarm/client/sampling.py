@@ -17,6 +17,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+_CPU = torch.device("cpu")
 # Processors that look at each row of logits alone, and not at the text: rows may share a call.
 _ROW_WISE = (
     logits_process.EpsilonLogitsWarper,
@@ -49,7 +50,7 @@ class Text:
 
     `prompt` is `ids`, as they are at first, without padding. `generator` None samples from torch's
     global one; `logprobs` is how many of the likeliest tokens are told with each token (None: not
-    even its own logarithm).
+    even its own logarithm). `device` is where the ids came from: tokens are chosen there.
     """
 
     ids: list[int]
@@ -59,6 +60,7 @@ class Text:
     sample: bool
     generator: torch.Generator | None = None
     logprobs: int | None = None
+    device: torch.device = _CPU
     max_length: int = field(init=False)
     _ends: frozenset[int] = field(init=False)
     _others: list[StoppingCriteria] = field(init=False)
@@ -82,7 +84,7 @@ class Text:
 
     def row(self) -> Tensor:
         """[1, T]"""
-        return torch.tensor([self.ids])
+        return torch.tensor([self.ids], device=self.device)
 
     def grow(self, token: int) -> bool:
         """Append a token; whether it is the last one."""
@@ -101,7 +103,7 @@ def choose(texts: Sequence[Text], logits: Tensor) -> list[Token | Exception]:
     tokens: list[int | Exception] = [-1] * len(texts)
     groups: dict[Hashable, list[int]] = {}
     for index, text in enumerate(texts):
-        key = (index,) if text.settings is None else (text.settings, text.sample)
+        key = (index,) if text.settings is None else (text.settings, text.sample, text.device)
         groups.setdefault(key, []).append(index)
     for group in groups.values():
         scores = logits if len(group) == len(texts) else logits[group]
@@ -120,6 +122,7 @@ def choose(texts: Sequence[Text], logits: Tensor) -> list[Token | Exception]:
 def _choose_alike(texts: Sequence[Text], scores: Tensor) -> list[int]:
     """For texts with the same settings, or for one."""
     first = texts[0]
+    scores = scores.to(first.device)
     if first.processors:  # those that are shared do not look at the ids
         ids = first.row() if first.settings is None else torch.empty(len(texts), 0)
         scores = first.processors(ids, scores.clone())  # pyright: ignore
