@@ -235,6 +235,14 @@ class RemoteCache(ShellCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.session.reorder(beam_idx.tolist())
 
+    @property
+    def max_cache_len(self) -> int:
+        """Asked for by PEFT, before it makes keys and values. Raises UsageError."""
+        raise UsageError(
+            "keys and values are on the servers, so that prefix tuning has no place here: use "
+            "tuning_mode='deep_ptune'"
+        )
+
     def activate_past_recording(self) -> None:
         """Servers can always go back, or be replayed to."""
 
