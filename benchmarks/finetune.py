@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import psutil
@@ -30,6 +30,7 @@ from swarm.types import BlockRange
 LENGTH = 128
 BATCHES = (1, 8)
 BESIDE = 2  # texts of a batch beside a stream, so that it is through before the stream's memory is
+SATURATED = 3.0  # seconds, at least, of such batches: enough steps of the stream for a p99
 
 
 def measure(lab: Lab) -> None:
@@ -71,7 +72,7 @@ def _decode_beside(lab: Lab, spans: tuple[str, ...]) -> None:
         other.ask(" ".join(swarm.peers))
         alone = float(other.ask("1"))
         for run in range(lab.runs):
-            before, during, seconds = beside(lab, "A", lambda: float(other.ask("1")))
+            before, during, seconds = beside(lab, "A", lambda: _saturate(other))
             quiet.append(median(before))
             busy.append(percentile(during, 99))
             took.append(alone / seconds)
@@ -81,6 +82,14 @@ def _decode_beside(lab: Lab, spans: tuple[str, ...]) -> None:
     lab.note(f"{what}, p99 beside a trainer", "ms", busy)
     lab.note(f"{what}, p99 beside a trainer / quiet", "x", ratios(busy, quiet), at_most(3))
     lab.note(f"{what}, the trainer's speed beside it / alone", "x", took)
+
+
+def _saturate(other: Child) -> float:
+    """Seconds for one of several batches."""
+    took: list[float] = []
+    while sum(took) < SATURATED:
+        took.append(float(other.ask("1")))
+    return mean(took)
 
 
 def deaths(lab: Lab) -> None:
@@ -99,7 +108,7 @@ def deaths(lab: Lab) -> None:
                     curves.append([])
                     for loss in _learn(model, ids, steps):
                         curves[-1].append(loss)
-                        lab.say("loss", len(curves[-1]), loss)
+                        lab.progress(f"step {len(curves[-1])}/{steps}, loss {loss:.2f}")
                     over.set()
             finally:
                 over.set()

@@ -228,6 +228,7 @@ class Handler:
         counters |= {"open_sessions": len(self._sessions), "tasks": len(asyncio.all_tasks())}
         counters |= {"trained": self._training.served, "training": len(self._training)}
         counters |= {"adapter_bytes": self._loans.stock.kept_bytes}
+        counters |= {"graph_bytes": self._training.keeping.used}
         residents = self._span.residents
         counters |= {"resident_bytes": sum(resident.size for resident in residents)}
         counters |= {"kv_bytes": store.taken, "kv_used_bytes": store.used}
