@@ -20,12 +20,11 @@ from swarm.client.remote import (
     RemoteBlocks,
     RemoteCache,
     kept_positions,
-    session_for,
     watched_blocks,
 )
 from swarm.client.training_parts import load_trained, save_trained
 from swarm.client.training_prompts import SoftPrompts
-from swarm.client.turns import finish, resume
+from swarm.client.turns import finish, resume, session_for
 from swarm.errors import UsageError
 from swarm.models.adapters_peft import ShellAdapters
 from swarm.models.adapters_shell import blocks_of, furnish

@@ -18,10 +18,10 @@ from transformers.generation.logits_process import (
 )
 
 from swarm.client.decoding import Decoder, Take
-from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache, session_for
+from swarm.client.remote import InferenceSession, RemoteBlocks, RemoteCache
 from swarm.client.sampling import Text, Token
 from swarm.client.streams import Journey, TokenStream
-from swarm.client.turns import finish, resume
+from swarm.client.turns import finish, resume, session_for
 from swarm.errors import UsageError
 from swarm.loop import BackgroundLoop, in_thread
 

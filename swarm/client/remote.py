@@ -176,19 +176,9 @@ class InferenceSession:
         self.close()
 
 
-def session_for(blocks: RemoteBlocks, given: InferenceSession | None) -> InferenceSession | None:
-    """The one given, or the innermost one of these blocks whose `with` block we are in.
-
-    Raises UsageError if the one given is of other blocks.
-    """
-    if given is None:
-        return next((each for each in reversed(_active.get()) if each.is_of(blocks)), None)
-    if not given.is_of(blocks):
-        raise UsageError(
-            "this session is another model's, or of some blocks only: open one with "
-            "inference_session() of the model that is to generate"
-        )
-    return given
+def active_sessions() -> Sequence[InferenceSession]:
+    """Those whose `with` block we are in, the innermost last."""
+    return _active.get()
 
 
 def _close(loop: BackgroundLoop, remote: RemoteSession) -> None:

@@ -5,8 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swarm.client.remote import InferenceSession
+from swarm.client.remote import InferenceSession, RemoteBlocks, active_sessions
 from swarm.errors import UsageError
+
+
+def session_for(blocks: RemoteBlocks, given: InferenceSession | None) -> InferenceSession | None:
+    """The one given, or the innermost one of these blocks whose `with` block we are in.
+
+    Raises UsageError if the one given is of other blocks.
+    """
+    if given is None:
+        return next((each for each in reversed(active_sessions()) if each.is_of(blocks)), None)
+    if not given.is_of(blocks):
+        raise UsageError(
+            "this session is another model's, or of some blocks only: open one with "
+            "inference_session() of the model that is to generate"
+        )
+    return given
 
 
 def resume(
