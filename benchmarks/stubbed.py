@@ -15,7 +15,7 @@ from torch import Tensor
 
 from swarm.client.training import Batch, TrainingClient
 from swarm.client.training_loans import Loans
-from swarm.client.training_plan import BACKWARD, Leg, Workers
+from swarm.client.training_plan import BACKWARD, RETURN, Leg, Workers
 from swarm.types import BlockRange
 
 _SECONDS = 2e-4  # that a server computes for a token and block: a row of 128 takes four 0.1 s
@@ -60,13 +60,32 @@ class _Servers:
         tensors: Mapping[str, Tensor],
         _loan: bytes | None,
         answer: Mapping[str, Any],
-    ) -> Mapping[str, Tensor]:
-        tokens = tensors["hidden"][..., 0].numel()
+        *,
+        keep: bool,
+    ) -> tuple[Mapping[str, Tensor], _Held | None]:
         passes = BACKWARD if "gradient" in tensors else 1.0
+        found = await self.compute(leg, passes * tensors["hidden"][..., 0].numel(), answer)
+        return found, _Held(self, leg) if keep else None
+
+    async def compute(
+        self, leg: Leg, tokens: float, answer: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
         async with self.busy[leg.server.record.peer_id]:
-            await asyncio.sleep(passes * tokens * len(leg.blocks) * _SECONDS)
+            await asyncio.sleep(tokens * len(leg.blocks) * _SECONDS)
         await asyncio.sleep(_REQUEST)
         return {name: torch.zeros(spec.shape) for name, spec in answer.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a `training_hop.Held` does, once."""
+
+    servers: _Servers
+    leg: Leg
+    asked: bool = False
+
+    async def back(self, gradient: Tensor, answer: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        return await self.servers.compute(self.leg, RETURN * gradient[..., 0].numel(), answer)
 
 
 def tokens_per_second(
@@ -78,7 +97,7 @@ def tokens_per_second(
     servers: Any = _Servers(spans)
     client = TrainingClient(servers, servers, Workers(), servers, Loans())
     whole = BlockRange(0, max(span.end for span in spans))
-    batch = Batch(whole, torch.zeros(rows, length, 8))
+    batch = Batch(whole, torch.zeros(rows, length, 8), returns=True)
 
     async def train() -> None:
         _, trails = await client.forward(batch)
