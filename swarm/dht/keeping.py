@@ -13,8 +13,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 from hivemind.dht.crypto import DHTRecord, RecordValidatorBase
@@ -142,6 +143,31 @@ class Validator(RecordValidatorBase):
 
     def strip_value(self, record: DHTRecord) -> bytes:
         return MSGPackSerializer.dumps(record.value)
+
+
+@lru_cache(4096)
+def place_of(peer: PeerID) -> DHTID:
+    """Where a node is among all."""
+    return DHTID.generate(peer.to_base58())
+
+
+def believe_places_of_peers_only(protocol: Any) -> None:
+    """Have hivemind's protocol believe no node to be elsewhere than its peer id says: one that told
+    of itself as all the nearest to a key hid whatever is kept there."""
+    find, update = protocol.call_find, protocol.update_routing_table
+
+    async def call_find(peer: PeerID, keys: Collection[DHTID]) -> Any:
+        answer: Any = await find(peer, keys)
+        for _, nearest in (answer or {}).values():
+            for node in [node for node, its_peer in nearest.items() if node != place_of(its_peer)]:
+                del nearest[node]
+        return answer
+
+    async def update_table(node: DHTID | None, peer: PeerID, responded: bool = True) -> None:
+        if node is None or node == place_of(peer):
+            await update(node, peer, responded)
+
+    protocol.call_find, protocol.update_routing_table = call_find, update_table
 
 
 @dataclass(slots=True)

@@ -26,7 +26,14 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.multiaddr import Multiaddr
 
 from swarm.dht.daemon import CLIENT, Daemon, DaemonFailed, daemon_arguments
-from swarm.dht.keeping import REPLICAS, Keepers, Storage, Validator
+from swarm.dht.keeping import (
+    REPLICAS,
+    Keepers,
+    Storage,
+    Validator,
+    believe_places_of_peers_only,
+    place_of,
+)
 from swarm.errors import PeerUnavailable, UsageError
 from swarm.identity import Identity, SwarmKey
 
@@ -153,7 +160,7 @@ class DhtNode:
         control._read_task.add_done_callback(lambda _: _fail(control._pending_calls.values()))
         dht = await DHTNode.create(
             p2p,
-            DHTID.generate(self.identity.peer_id),
+            place_of(PeerID.from_base58(self.identity.peer_id)),
             num_replicas=REPLICAS,
             wait_timeout=_RPC_SECONDS,
             cache_locally=False,  # look-ups must see what has changed
@@ -168,6 +175,7 @@ class DhtNode:
         protocol: Any = dht.protocol
         # Into the cache anybody may put anything, and what is there goes before what is stored.
         protocol.storage = protocol.cache = Storage()
+        believe_places_of_peers_only(protocol)
         # hivemind drops a whole answer for one bad record in it, with which anybody could hide all
         protocol._validate_dictionary = validator.drop_invalid
         make_stub = protocol.get_stub

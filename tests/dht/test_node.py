@@ -164,6 +164,22 @@ def test_a_record_put_into_a_cache_hides_nobody(swarm: Swarm) -> None:
     assert set(swarm.look(bootstrap)) == {honest.data, later.data}
 
 
+def test_a_node_that_claims_to_be_all_of_the_nearest_hides_nobody(swarm: Swarm) -> None:
+    """Where a node is in the table follows from who it is."""
+    swarm.add()
+    eve = swarm.add(EVE)
+    honest = swarm.announce(swarm.add(ALICE), "0:8")
+    protocol: Any = eve._dht.protocol  # pyright: ignore[reportOptionalMemberAccess]
+    me = PeerID.from_base58(EVE.peer_id)
+
+    def nearest(key: DHTID, k: int, exclude: object = None) -> list[tuple[DHTID, PeerID]]:
+        return [(DHTID(int(key) ^ number), me) for number in range(2, 2 + k)]
+
+    protocol.routing_table.get_nearest_neighbors = nearest
+    protocol.storage.get = protocol.cache.get = lambda key: None
+    assert swarm.look(swarm.add(client_mode=True)) == [honest.data]
+
+
 @pytest.mark.parametrize(("ours", "theirs"), [(None, KEY), (KEY, None), (OTHER_KEY, KEY)])
 def test_nobody_joins_without_the_swarm_key(
     swarm: Swarm, ours: SwarmKey | None, theirs: SwarmKey | None, caplog: pytest.LogCaptureFixture
