@@ -40,7 +40,7 @@ def passages(count: int, skip: int = 0) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     text = (DEMO_MODEL / "held_out.txt").read_text()
     cut = text.index(AUSTEN)
-    books = [tokenizer(part)["input_ids"] for part in (text[:cut], text[cut:])]
+    books = [tokenizer(part, verbose=False)["input_ids"] for part in (text[:cut], text[cut:])]
     found: list[dict[str, Any]] = []
     for number in range(skip, skip + count):
         begin = 3 * TOKENS * (number // 2)
@@ -49,8 +49,8 @@ def passages(count: int, skip: int = 0) -> list[dict[str, Any]]:
     return found
 
 
-def learn(given: argparse.Namespace, folder: str) -> float:
-    """Train on our share of the passages; the loss on those that were held out."""
+def learn(given: argparse.Namespace, folder: str) -> float | None:
+    """Train on our share of the passages; of the first client the loss on those held out."""
     torch.manual_seed(1)  # all begin with the same prompts and head
     model: Any = AutoDistributedModelForSequenceClassification.from_pretrained(
         "swarm-demo", initial_peers=given.peers, num_labels=2, tuning_mode="ptune", pre_seq_len=8
@@ -93,7 +93,7 @@ def learn(given: argparse.Namespace, folder: str) -> float:
         trainer.train()
     for averaged in callbacks[0].rounds if callbacks else ():
         print(f"client {given.client}: {averaged}", file=sys.stderr)  # noqa: T201
-    return trainer.evaluate()["eval_loss"] if given.client == 0 else float("nan")
+    return trainer.evaluate()["eval_loss"] if given.client == 0 else None
 
 
 def share(everything: list[dict[str, Any]], client: int) -> list[dict[str, Any]]:
@@ -107,6 +107,7 @@ def compare(given: argparse.Namespace) -> None:
     losses: dict[str, float] = {}
     with LocalSwarm(spans=["0:8", "8:16", "16:24"]) as swarm:
         for name, alone in (("four clients with a quarter each", False), ("one with all", True)):
+            print(f"{name}: {given.steps} steps", flush=True)  # noqa: T201
             options = ["--steps", str(given.steps), "--every", str(given.every)]
             options += ["--peers", *swarm.peers, *(["--alone"] if alone else [])]
             running = [

@@ -59,8 +59,9 @@ class Round:
     def __str__(self) -> str:
         if not self:
             return f"not averaged after {self.seconds:.1f} s: {self.reason}"
+        others = len(self.members) - 1
         return (
-            f"averaged {self.share:.0%} with {len(self.members) - 1} others "
+            f"averaged {self.share:.0%} with {others} other{'s' * (others != 1)} "
             f"({self.samples} samples) in {self.seconds:.1f} s"
         )
 
