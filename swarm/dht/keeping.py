@@ -39,7 +39,7 @@ _SPARE = 5  # more nodes that are known of each key
 _SEARCH_SECONDS = 180.0  # between two searches for the nodes of a key
 _SWEEP_SECONDS = 30.0
 _KEYS_PER_CALL = 8  # pages in an answer: far below the 4 MiB that hivemind takes
-MAX_RECORDS = 1 << 16  # that a node keeps of all, about 1.5 kB each...
+MAX_RECORDS = 1 << 14  # that a node keeps of all, about 1.5 kB each...
 MAX_OF_ONE = 32  # ...and of one peer: three pages and the registry, some of before it moved
 
 Node = tuple[DHTID, PeerID]
