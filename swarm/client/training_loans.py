@@ -191,8 +191,8 @@ def _explained(
     refusal = f"{endpoint_of(server)} does not take this adapter for blocks {blocks}: {error}"
     if error.code is ErrorCode.OVERSIZE:
         refusal += (
-            "; give it a lower rank or fewer target_modules, or have servers started with more "
-            "--adapter-memory or fewer blocks"
+            "; make it smaller (rank, target_modules, pre_seq_len), or have servers started with "
+            "more --adapter-memory or fewer blocks"
         )
     return AdapterRefused(refusal)
 

@@ -358,7 +358,7 @@ def test_an_adapter_that_is_too_large_for_servers_is_said() -> None:
         with pytest.raises(UsageError, match="does not take this adapter"):
             pair.model(**texts(rows=1, tokens=6))
         begun = perf_counter()
-        with pytest.raises(UsageError, match=r"does not take this adapter.* lower rank"):
+        with pytest.raises(UsageError, match=r"does not take this adapter.* smaller"):
             pair.model.generate(prompt(), **GREEDY)
         assert perf_counter() - begun < STEADY.recovery / 2  # not after looking for others
         assert not pair.swarm.router.failures  # without it they are as good as before
