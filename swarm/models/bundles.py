@@ -109,6 +109,8 @@ def from_bundle(
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             raise _bad(f"'{path}' has numbers that are not finite")
         factors[path] = down.to(device), up.to(device)
+    if not factors and prompts is None:  # ten bytes, and it would cost us many times as many
+        raise _bad("it changes nothing")
     return BlockAdapter(factors, prompts)
 
 

@@ -88,6 +88,7 @@ BAD: dict[str, bytes] = {
     "a header of terabytes": b"\xff\xff\xff\xff\xff\xff\x00\x00{}",
     "nothing behind the header": bundle()[:-100],
     "a pickle": b"\x80\x04\x95\x10cos\nsystem\n",
+    "nothing": save({}),
     "another layer": save({"self_attn.z_proj.lora_A": torch.ones(2, HIDDEN)}),
     "a path": save({"../../embed_tokens.lora_A": torch.ones(2, HIDDEN)}),
     "no layer": save({"": torch.ones(2, HIDDEN), "weight": torch.ones(1)}),
