@@ -22,6 +22,7 @@ from swarm.types import BlockRange, ModelId, Numerics
 _UNKNOWN_RTT = 0.1  # seconds, while fewer than `_MEASURED` are known
 _UNKNOWN_BYTE_SECONDS = 1e-7  # 80 Mbit/s
 _UNKNOWN_BLOCK_SECONDS = 0.01
+_SLOWEST = 100.0  # seconds per block that anybody may claim: sums must be finite, to be compared
 _ESTIMATED = 1.1  # times what coordinates tell, as they may be wrong
 _ROWS = 1024  # of servers whose distances to all others are kept
 _QUANTILE = 0.9  # of the RTTs that are known, for one that is not
@@ -81,7 +82,8 @@ class Holders:
         self.seeds = np.array([crc32(name.encode()) for name in self.ids], np.uint64)
         speed = np.array([record.throughput for record in records])
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            self.claimed = np.where(speed > 0, 1 / (speed * self.count), np.nan)  # s per block
+            claimed = np.fmin(1 / (speed * self.count), _SLOWEST)
+            self.claimed = np.where(speed > 0, claimed, np.nan)  # s per block
             batch = np.array([record.batch_throughput for record in records])
             share = (_BATCH * speed / batch - 1) / (_BATCH - 1)
         known = (batch > 0) & (speed > 0)

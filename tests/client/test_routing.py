@@ -57,6 +57,15 @@ def test_what_is_unknown_is_not_free() -> None:
     ]
 
 
+def test_many_who_claim_to_take_for_ever_do_not_make_all_prices_infinite() -> None:
+    """Then servers were asked for blocks that they do not hold."""
+    liars = [server(f"liar {n}", "0:16", throughput=5e-324) for n in range(7)]
+    servers = [server("a", "0:8"), server("b", "8:16"), server("c", "0:16"), *liars]
+    for lot in range(8):
+        found = find_route(servers, request("0:16"), book(), 0.0, tiebreak=lot / 8)
+        assert all(hop.server.record.blocks.contains(hop.blocks) for hop in found)
+
+
 def test_a_queue_and_past_failures_count_and_own_observations_beat_claims() -> None:
     busy, idle = server("busy", "0:8", queue=100), server("idle", "0:8")
     assert route([busy, idle], request("0:8")) == [("idle", "0:8")]
