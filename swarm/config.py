@@ -24,7 +24,7 @@ class ServerLimits:
     adapter_bytes: int = 1 << 28  # of clients' adapters, one client at most half; 0: none
     resident_bytes: int = 1 << 30  # of adapters that the owner preloads
     graph_bytes: int = 1 << 30  # of what is kept on the device to go back through blocks
-    kept_bytes: int = 1 << 30  # of that, until gradients come; at most an eighth of what is free
+    kept_bytes: int = 4 << 30  # of that, until gradients come; at most an eighth of what is free
     kept_seconds: float = 120.0  # for which it is kept
     open_timeout: float = 10.0  # seconds in which a stream must say what it wants
     idle_timeout: float = 1800.0  # seconds without a step before a session is closed

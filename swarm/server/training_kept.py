@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 from swarm.errors import LocalProtocolError
 
@@ -23,12 +24,12 @@ class Place:
 
 
 class Keeping:
-    """`budget` is in bytes, and hard; there are at most `most` places."""
+    """`budget` is in bytes, and hard. At most `most` places: small ones count for more."""
 
     def __init__(self, budget: int, most: int) -> None:
         self.budget = budget
         self.used = 0
-        self._most = most
+        self._least = ceil(budget / most)
         self._places: dict[Place, None] = {}  # the oldest first
         self._held: Counter[str] = Counter()  # bytes of each client
 
@@ -37,23 +38,25 @@ class Keeping:
 
     def ask(self, client: str, wanted: int) -> Place:
         """With as much of what is wanted as there is, after others had to leave."""
-        wanted = min(wanted, self.budget)
-        while not self._fits(wanted) and (other := self._victim(client, wanted)):
+        wanted = min(max(wanted, self._least), self.budget)
+        while self.used + wanted > self.budget and (other := self._victim(client, wanted)):
             leave = other.leave
             self.free(other)
             if leave is not None:
                 leave()
-        granted = min(wanted, self.budget - self.used) if len(self) < self._most else 0
+        granted = min(wanted, self.budget - self.used)
+        if granted < self._least or granted == 0:
+            return Place(client, 0)
         place = Place(client, granted)
-        if granted > 0:
-            self._places[place] = None
-            self._count(place, granted)
+        self._places[place] = None
+        self._count(place, granted)
         return place
 
     def settle(self, place: Place, nbytes: int, leave: Callable[[], None]) -> None:
         """So much of it was needed, and nobody computes with it until `use`."""
         if place not in self._places or nbytes > place.nbytes:
             raise LocalProtocolError(f"{nbytes} bytes are kept where {place.nbytes} were granted")
+        nbytes = max(nbytes, self._least)
         self._count(place, nbytes - place.nbytes)
         place.nbytes, place.leave = nbytes, leave
 
@@ -67,9 +70,6 @@ class Keeping:
         if place in self._places:
             del self._places[place]
             self._count(place, -place.nbytes)
-
-    def _fits(self, wanted: int) -> bool:
-        return self.used + wanted <= self.budget and len(self) < self._most
 
     def _victim(self, client: str, wanted: int) -> Place | None:
         held = self._held + Counter({client: wanted})
@@ -87,5 +87,5 @@ class Keeping:
         """Raises LocalProtocolError if places do not add up."""
         if not sum(place.nbytes for place in self._places) == self.used <= self.budget:
             raise LocalProtocolError(f"{self.used} of {self.budget} bytes are kept")
-        if self._held.total() != self.used or len(self) > self._most:
+        if self._held.total() != self.used:
             raise LocalProtocolError("clients are charged for more or less than is kept")
