@@ -13,6 +13,7 @@ from swarm.dht.records import ServerRecord, SignedRecord
 from swarm.types import BlockRange
 
 _UNKNOWN = 1e-3  # seconds per token and block, of a server that says nothing about its speed
+_SLOWEST = 100.0  # the same, that anybody may claim: what is infinite is never compared again
 _HOP = 0.02  # seconds that a hop costs beside computing
 _MEMORY = 0.7  # weight of what was known of a speed when a request has been measured
 # Passes that going back takes. Weights are frozen, so that gradients cost as much as one forward...
@@ -102,4 +103,4 @@ class Workers:
 def _claimed(record: ServerRecord) -> float:
     """Seconds per token and block, as it announces."""
     speed = max(record.throughput, record.batch_throughput)
-    return 1 / (speed * len(record.blocks)) if speed > 0 else _UNKNOWN
+    return min(_SLOWEST, 1 / (speed * len(record.blocks))) if speed > 0 else _UNKNOWN

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from swarm.client.training_plan import Leg, Workers
 from swarm.dht.records import SignedRecord
 from swarm.types import BlockRange
@@ -33,8 +35,9 @@ def test_work_is_given_by_speed() -> None:
     assert 28 <= got[quick.record.peer_id] <= 32
 
 
-def test_what_was_claimed_gives_way_to_what_is_seen() -> None:
-    liar, honest = held("liar", 0, 6, 1e9), held("honest", 0, 6, 1000.0)
+@pytest.mark.parametrize("claim", [1e9, 5e-324])
+def test_what_was_claimed_gives_way_to_what_is_seen(claim: float) -> None:
+    liar, honest = held("liar", 0, 6, claim), held("honest", 0, 6, 1000.0)
     workers = Workers()
     leg = Leg(liar, WHOLE)
     for _ in range(20):
