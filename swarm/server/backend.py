@@ -145,6 +145,13 @@ class Backend:
         Raises RemoteProtocolError."""
         inputs = {name: value[:, piece.begin : piece.end] for name, value in work.inputs.items()}
         padding = inputs.pop("padding", None)
+        padded = padding is not None and not bool(padding.all())
+        if padded and work.cache.length and not self.span.proof.can_resume:
+            raise RemoteProtocolError(
+                ErrorCode.BAD_TENSOR,
+                "this family takes padding at the beginning of a text only, in its first piece: "
+                "send texts of different lengths one by one",
+            )
         end = work.cache.length + piece.end - piece.begin
         check_places(self.span.most_positions, inputs.get("position_ids"), end)
         inputs = {name: value.to(self.span.device) for name, value in inputs.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.errors import ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.models.pages import PAGE
-from swarm.models.spans import Span, SpanCache, SpanStep
+from swarm.models.spans import Span, SpanCache, SpanStep, SplitProof, strip
 from swarm.server.backend import Backend, Work
 from swarm.server.scheduler import Slice
 from swarm.types import BlockRange
@@ -170,3 +172,18 @@ def test_positions_beyond_a_model_s_table_do_not_reach_it(given: bool) -> None:
     assert isinstance(failures[3], RemoteProtocolError)
     assert failures[3].code is ErrorCode.TOO_LONG
     assert cache.length == 16
+
+
+@torch.inference_mode()
+def test_padding_that_a_family_cannot_take_is_refused_in_a_sentence() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    strip(model, BLOCKS)
+    span = Span(model, BLOCKS, SplitProof(can_batch=False, can_rewind=False, can_resume=False))
+    backend, cache = Backend(span), span.open_cache(BLOCKS, 2, 64)
+    step = work(1, cache, text_of(span, 8).repeat(2, 1, 1))
+    step.inputs = {"padding": torch.arange(8).ge(torch.tensor([[0], [6]]))}
+    assert not backend.run([Slice(1, 0, 5, last=False)], {1: step})
+    failure = backend.run([Slice(1, 5, 8, last=True)], {1: step})[1]
+    assert isinstance(failure, RemoteProtocolError)
+    assert failure.code is ErrorCode.BAD_TENSOR
+    assert "one by one" in str(failure)
