@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import NoReturn, cast
 
 from swarm import tracing
-from swarm.cli import INTERRUPTED
+from swarm.cli import INTERRUPTED, lean
 from swarm.cli.logs import FORMATS, start_logging
 from swarm.errors import UsageError
 from swarm.joining import initial_peers_of, swarm_key_of
@@ -148,8 +148,9 @@ def need_peers(given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def quick_imports() -> Generator[None]:
-    """Around imports of torch and transformers, before anything was started.
+def quick_imports(*, models: bool = True) -> Generator[None]:
+    """Around imports of torch and, unless without `models`, of transformers, before anything was
+    started.
 
     Modules that load make no garbage: not looking for it saves a seventh of the time, and never
     looking at them again another second at the end. Transformers wants scipy for detecting objects
@@ -166,10 +167,13 @@ def quick_imports() -> Generator[None]:
     ours = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED)) if ours else None
     modules = cast(dict[str, ModuleType | None], sys.modules)
-    if "transformers" not in modules:  # else it has looked for it already, and may rely on it
-        modules.setdefault("scipy", None)  # to Python: there is none
     gc.disable()
     try:
+        if "transformers" not in modules:  # else it has looked for all this already
+            modules.setdefault("scipy", None)  # to Python: there is none
+            lean.defer_compiler()
+            if models:
+                lean.forgo_distributed()
         yield
     finally:
         gc.freeze()

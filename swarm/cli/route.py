@@ -94,7 +94,7 @@ def explore(
     peers: Sequence[str], key: SwarmKey | None, model: str, prompt: int, new: int
 ) -> Outlook:
     """Join, measure and choose. Raises UsageError, PeerUnavailable, NoRoute."""
-    with quick_imports():
+    with quick_imports(models=False):
         from swarm.client.network import SwarmNetwork
         from swarm.client.routing import Request
         from swarm.config import ClientConfig

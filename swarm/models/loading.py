@@ -27,6 +27,7 @@ from transformers.utils import logging as hf_logging
 from swarm.errors import CheckpointError, UnsupportedModel, UsageError
 from swarm.models.checkpoint import Checkpoint
 from swarm.models.families import causal_class, text_config
+from swarm.models.outline import outlining
 from swarm.models.selftest import prove_split
 from swarm.models.shell import RemoteStack, make_shell
 from swarm.models.spans import Span, SplitProof, strip
@@ -136,7 +137,8 @@ def _pruned_class(
     """`cls` as it is after `prune`; transformers must take it for its own, so its names stay."""
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        cls.__init__(self, config, *args, **kwargs)
+        with outlining():
+            cls.__init__(self, config, *args, **kwargs)
         prune(self)
 
     body = {"__init__": build, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
@@ -147,8 +149,7 @@ def _needed(
     cls: type[PreTrainedModel], config: PreTrainedConfig, names: Collection[str]
 ) -> list[str]:
     """The checkpoint's tensors that end up in `cls`, by the renaming that loading will apply."""
-    with torch.device("meta"):
-        model = cls(copy.deepcopy(config))
+    model = cls(copy.deepcopy(config))
     wanted = model.state_dict()
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

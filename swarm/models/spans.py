@@ -78,7 +78,8 @@ class _Nothing(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.register_buffer("zeros", torch.zeros(1, 1, hidden_size), persistent=False)
+        zeros = torch.zeros(1, 1, hidden_size, device="cpu")  # also while all else is `outlining`
+        self.register_buffer("zeros", zeros, persistent=False)
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
         return cast(Tensor, self.zeros)

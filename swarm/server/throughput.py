@@ -23,6 +23,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from swarm.errors import UsageError
 from swarm.models.families import causal_class, find_stack, text_config
 from swarm.models.manifest import note_path, write_note
+from swarm.models.outline import outlining
 from swarm.models.spans import Span, SpanStep
 from swarm.types import DTYPE_BYTES, DType
 
@@ -72,7 +73,7 @@ def cache_budget(device: torch.device) -> int:
 
 def block_parameters(config: PreTrainedConfig) -> int:
     """Numbers in the largest block's weights. Raises UnsupportedModel."""
-    with torch.device("meta"):
+    with outlining():
         model = causal_class(config)(copy.deepcopy(config))
     stack, list_name = find_stack(model)
     blocks = cast(nn.ModuleList, getattr(stack, list_name))
