@@ -282,10 +282,12 @@ def serve(argv: Sequence[str]) -> int:
 def serve_dht(argv: Sequence[str]) -> int:
     """`swarm-dht`."""
     arguments = parse_joining(dht_parser(), argv)
-    with quick_imports():
-        from swarm.dht.addresses import joinable_at, own_host
+    from swarm.dht.addresses import joinable_at, own_host
+    from swarm.dht.lean import without_torch
+    from swarm.identity import Identity
+
+    with without_torch():
         from swarm.dht.node import DhtNode
-        from swarm.identity import Identity
 
     peers, host, key = read_peers(arguments.peers), arguments.host, arguments.swarm_key
 
