@@ -62,9 +62,12 @@ def defer_compiler() -> None:
     module = sys.modules[_COMPILER] = module_from_spec(spec)
     cast(Any, module).__class__ = _Compiler
     vars(module)["_marks"] = []
-    # transformers' masks are made with this one, which needs no other.
-    import_module("torch._dynamo._trace_wrapped_higher_order_op")
-    del vars(module)["__path__"]
+    try:  # transformers' masks are made with this one, which needs no other
+        import_module("torch._dynamo._trace_wrapped_higher_order_op")
+    except ImportError:  # of another torch than we know: then as everybody else does
+        del sys.modules[_COMPILER]
+    else:
+        del vars(module)["__path__"]
 
 
 def forgo_distributed() -> None:

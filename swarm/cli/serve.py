@@ -254,9 +254,6 @@ def serve(argv: Sequence[str]) -> int:
     """`swarm-server`."""
     asked = vars(parse_joining(server_parser(), argv))
     # From here on it takes seconds: what was typed is right, as far as that can be told cheaply.
-    from swarm.server import heap
-
-    heap.bound_products()
     with quick_imports():
         from swarm.config import ServerLimits
         from swarm.server.choice import ServerConfig
