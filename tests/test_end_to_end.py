@@ -188,8 +188,9 @@ def test_killed_during_prefill_and_again_during_replay(
             swarm.kill(next(s.index for s in swarm.servers if s.peer_id == hop.peer_id))
 
     monkeypatch.setattr(RemoteSession, "on_output", kill_who_answers_first)
-    with join(swarm, chunk_bytes=1 << 13).inference_session(max_length=512) as session:
-        got = join(swarm).generate(text, session=session, **options)
+    model = join(swarm, chunk_bytes=1 << 13)
+    with model.inference_session(max_length=512) as session:
+        got = model.generate(text, session=session, **options)
         assert [str(hop.blocks) for hop in session.hops] == [SPANS[0], *pieces, SPANS[2]]
     assert len(killed) == 2
     assert got.tolist() == local.generate(text, **options).tolist()
