@@ -28,7 +28,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # servers inherit it; must be set before torch is imported
+# Servers inherit it; must be set before torch is imported, like what our commands tell oneDNN.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 
 import psutil
 import torch
