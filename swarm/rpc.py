@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Coroutine
-from importlib.metadata import version
 from typing import Any, TypeVar, cast
 
 from swarm.certificates import Certificate, check_certificate, fetch_certificate, target_name
@@ -22,9 +21,6 @@ from swarm.transport import Endpoint, Service, Stream, StreamHandler, Transport
 from swarm.wire import encode, pack, unpack
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core writes to stderr what we raise
-if int(version("grpcio").split(".")[1]) < 86:  # who does not know these names writes to stderr, too
-    # With its newer sockets a message wakes three more threads at each end (docs/benchmarks.md).
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 import grpc.aio
 
