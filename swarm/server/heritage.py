@@ -32,13 +32,8 @@ from swarm.wire import decode, encode
 _PART_BYTES = 1 << 20  # of keys and values in one frame
 
 
-# Times as long as a layer took, in which nothing is copied ahead: steps are computed meanwhile, by
-# the same process, and one took 21 ms there instead of 11.
-_REST = 2.0
-
-Give = Callable[[PushTarget, SpanCache, range, float], Awaitable[None]]
-"""Copies these positions to a session elsewhere (`give`, with a stream), resting so many times as
-long as each layer takes. Raises SwarmError."""
+Give = Callable[[PushTarget, SpanCache, range], Awaitable[None]]
+"""Copies these positions to a session elsewhere (`give`, with a stream). Raises SwarmError."""
 
 
 class Giver:
@@ -61,7 +56,7 @@ class Giver:
         self._target, self._promised, self._sound = target.session_id, length, 0
         self._copying = asyncio.get_running_loop().create_future()
         try:
-            answer = await self._hand_over(target, range(length), _REST)
+            answer = await self._hand_over(target, range(length))
             self._sound = self._promised if answer.position is not None else 0
         finally:
             self._copying.set_result(None)
@@ -73,12 +68,12 @@ class Giver:
         if self._copying is not None:
             await self._copying
         sound = self._sound if target.session_id == self._target else 0
-        return await self._hand_over(target, range(min(sound, max(0, length - 1)), length), 0.0)
+        return await self._hand_over(target, range(min(sound, max(0, length - 1)), length))
 
-    async def _hand_over(self, target: PushTarget, positions: range, rest: float) -> HandedOver:
+    async def _hand_over(self, target: PushTarget, positions: range) -> HandedOver:
         try:
             if positions:
-                await self._give(target, self._cache, positions, rest)
+                await self._give(target, self._cache, positions)
         except SwarmError as error:
             heed_cancelling(error)
             return HandedOver(position=None, message=str(error)[:200])
@@ -92,12 +87,11 @@ async def give(
     store: KvStore,
     executor: Executor,
     timeout: float,
-    rest: float = 0.0,
 ) -> None:
     """These positions, of at least one token, by a push stream that is attached.
 
-    Returns when the other end has it; each frame and layer may take `timeout` seconds, and after a
-    layer it rests `rest` times as long as that took. Raises PeerUnavailable, LocalProtocolError.
+    Returns when the other end has it; each frame and layer may take `timeout` seconds. Raises
+    PeerUnavailable, LocalProtocolError.
     """
     if not can_move(cache):
         raise LocalProtocolError("this session keeps more than keys and values")
@@ -109,15 +103,12 @@ async def give(
     padding = None if cache.padding is None else to_frame(cache.padding[:, : positions.stop])
     try:
         await send(Inherit(start=positions.start, length=positions.stop, padding=padding))
-        clock = asyncio.get_running_loop().time
         for layers in _groups(cache, store, positions):
-            begin = clock()
             async with asyncio.timeout(timeout):
                 parts = await executor.call(partial(_read, cache, store, layers, positions))
             for part in parts:
                 keys, values = to_frame(part.keys), to_frame(part.values)
                 await send(Heritage(layer=part.layer, start=part.start, keys=keys, values=values))
-            await asyncio.sleep(rest * (clock() - begin))
         async with asyncio.timeout(timeout):
             frame = await stream.receive()
     except TimeoutError:

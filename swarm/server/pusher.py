@@ -89,15 +89,14 @@ class Pusher:
         target: PushTarget,
         cache: SpanCache,
         positions: range,
-        rest: float,
     ) -> None:
-        """What a session holds there, to one elsewhere (`heritage.give`). Raises SwarmError."""
+        """What a session holds there, to one elsewhere. Raises SwarmError."""
         timeout = self._timeout
         dial_timeout = min(timeout, _DIAL_SECONDS)
         stream = await self._transport.open_stream(self._resolve(target), "push", dial_timeout)
         try:
             await self._send(stream, Attach(session_id=target.session_id, ticket=target.ticket))
-            await give(stream, cache, positions, store, executor, timeout, rest)
+            await give(stream, cache, positions, store, executor, timeout)
         finally:
             stream.cancel()
 

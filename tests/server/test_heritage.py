@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from swarm.models.cache import SpanCache
 from swarm.models.moving import kinds_of
 from swarm.models.storage import KvStore
 from swarm.server import heritage
-from swarm.server.heritage import Estate, Giver, give
+from swarm.server.heritage import Estate, give
 from swarm.tensors import to_frame
 from swarm.wire import decode, encode
 from tests.models.test_cache import llama_cache, put, store
@@ -103,21 +102,3 @@ def test_strangers_cannot_have_it_wait_for_ever_more_parts() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         asyncio.run(flood())
     assert caught.value.code is ErrorCode.BAD_TENSOR
-
-
-def test_copying_rests_while_steps_go_on_and_does_not_while_they_wait() -> None:
-    asked: list[tuple[range, bool]] = []
-
-    async def note(target: Any, cache: SpanCache, positions: range, rest: float) -> None:
-        asked.append((positions, rest > 0))
-
-    memory = store()
-    giver = Giver(llama_cache(memory=memory), memory, note)
-    heir: Any = SimpleNamespace(session_id=b"heir")
-
-    async def leave() -> None:
-        await giver.ahead(heir, TOKENS)
-        await giver.rest(heir, TOKENS + 2)
-
-    asyncio.run(leave())
-    assert asked == [(range(TOKENS), True), (range(TOKENS, TOKENS + 2), False)]
