@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from swarm.cli.common import (
     joining_parser,
     memory,
     need_peers,
+    own_names,
     parse_joining,
     quick_imports,
     whole,
@@ -31,8 +30,6 @@ examples:
 Without keys whoever reaches the port may use it: give some before you listen on more than
 127.0.0.1. docs/api.md has the format of the file, and what is supported.
 """
-
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def api_parser() -> Parser:
@@ -119,14 +116,14 @@ def api(argv: Sequence[str]) -> int:
         from swarm.listening import serve
         from swarm.loop import run
     engines = {engine.name: engine for engine in (_engine(n, peers, arguments) for n in names)}
-    hosts = None if grants or not _is_loopback(arguments.host) else _LOOPBACK
+    hosts = None if grants else own_names(arguments.host, arguments.allow_host)
     config = ApiConfig(
         streams=arguments.streams,
         waiting=arguments.queue,
         patience=arguments.patience,
         body_bytes=arguments.max_request,
         cors=arguments.cors,
-        hosts=None if hosts is None else (*hosts, arguments.host, *arguments.allow_host),
+        hosts=hosts,
     )
     if hosts is None and not grants:
         logging.getLogger(__name__).warning(
@@ -157,9 +154,3 @@ def _engine(name: str, peers: Sequence[str], arguments: Any) -> Any:
         name, peers, swarm_key=arguments.swarm_key, **source
     )
     return engine_of(checkpoint.name, model, checkpoint.fetch_tokenizer(), arguments.max_tokens)
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import ipaddress
 import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import NoReturn, cast
 
@@ -145,6 +146,16 @@ def need_peers(given: Sequence[str] | None) -> tuple[str, ...]:
         "which swarm? give --peers or set SWARM_PEERS to the address that a server printed, "
         "or start one with `swarm-server`"
     )
+
+
+def own_names(host: str, others: Sequence[str]) -> tuple[str, ...] | None:
+    """By which who listens there may be called: this machine's, and `others`. None: by any, as it
+    is not loopback. What is there for this machine alone, web pages could otherwise read by a name
+    of theirs that points here."""
+    loopback = host == "localhost"
+    with suppress(ValueError):
+        loopback = ipaddress.ip_address(host).is_loopback
+    return ("127.0.0.1", "localhost", "::1", host, *others) if loopback else None
 
 
 @contextmanager

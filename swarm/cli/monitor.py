@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from hashlib import sha256
 from pathlib import Path
 
-from swarm.cli.common import Parser, joining_parser, need_peers, parse_joining, whole
+from swarm.cli.common import (
+    Parser,
+    joining_parser,
+    need_peers,
+    own_names,
+    parse_joining,
+    whole,
+)
 
 PORT = 8080
 
@@ -55,6 +63,14 @@ def monitor_parser() -> Parser:
         help="peers that the page tells people to join through (default: those of --peers)",
     )
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name by which a proxy in front calls us; in a private swarm only this machine's "
+        "own are answered on 127.0.0.1",
+    )
+    parser.add_argument(
         "--no-ask",
         dest="ask",
         action="store_false",
@@ -82,6 +98,7 @@ def monitor(argv: Sequence[str]) -> int:
     from swarm.rpc import RpcTransport
 
     history = history_file(arguments.history, peers)
+    hosts = hosts_of(arguments)
 
     async def work() -> None:
         access = Access(Identity.ephemeral(), arguments.swarm_key)
@@ -98,10 +115,16 @@ def monitor(argv: Sequence[str]) -> int:
             pulse = Pulse(transport, access, dht.now) if arguments.ask else None
             watcher = Watcher(dht, pulse, ledger, joining, arguments.models)
             async with watcher.running():
-                await serve(make_app(watcher), arguments.host, arguments.port, _tell)
+                app = make_app(watcher, hosts)
+                await serve(app, arguments.host, arguments.port, _tell)
 
     run(work())
     return 0
+
+
+def hosts_of(arguments: Namespace) -> tuple[str, ...] | None:
+    """By which we may be called; None: by any. A public swarm's page is there for everybody."""
+    return own_names(arguments.host, arguments.allow_host) if arguments.swarm_key else None
 
 
 def history_file(given: str | None, peers: Sequence[str]) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ _READERS = 400  # streams at once, of the connections that there may be (`WebLim
 _HEALTH = ("broken", "degraded", "healthy")
 
 
-def make_app(watcher: Watcher) -> WebApp:
-    """Read-only for everybody: whatever is not GET or HEAD is refused by each route."""
+def make_app(watcher: Watcher, hosts: Sequence[str] | None = None) -> WebApp:
+    """Read-only for everybody, or who calls us by one of these names: whatever is not GET or HEAD
+    is refused by each route."""
     monitor = _Monitor(watcher)
     return WebApp(
         [
@@ -37,6 +38,7 @@ def make_app(watcher: Watcher) -> WebApp:
             Route("/servers/{peer_id}", _page),
         ],
         static=STATIC,
+        hosts=hosts,
     )
 
 

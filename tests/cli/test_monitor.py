@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from swarm.cli import monitor_main
-from swarm.cli.monitor import history_file, monitor_parser
+from swarm.cli.monitor import history_file, hosts_of, monitor_parser
 
 
 def test_it_listens_to_nobody_else_and_keeps_a_history_unless_told_otherwise(
@@ -25,6 +25,21 @@ def test_it_listens_to_nobody_else_and_keeps_a_history_unless_told_otherwise(
     told = monitor_parser().parse_args(words)
     assert (told.models, told.ask, told.history) == (["me/a", "me/b"], False, "")
     assert told.join_peers == ["x", "y"]
+
+
+def test_a_private_swarm_is_told_to_nobody_who_gives_this_machine_a_name_of_theirs() -> None:
+    def hosts(*words: str, key: str | None = "swarm-key-1:x") -> tuple[str, ...] | None:
+        told = monitor_parser().parse_args(words)
+        told.swarm_key = key
+        return hosts_of(told)
+
+    own = {"127.0.0.1", "localhost", "::1"}
+    assert set(hosts() or ()) == own
+    assert set(hosts("--host", "localhost", "--allow-host", "swarm.lan") or ()) == own | {
+        "swarm.lan"
+    }
+    assert hosts("--host", "0.0.0.0") is None  # noqa: S104  # who says so means everybody
+    assert hosts(key=None) is None
 
 
 @pytest.mark.parametrize(
