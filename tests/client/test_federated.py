@@ -288,9 +288,13 @@ def test_nobody_weighs_in_with_no_samples(federation: Federation, samples: int) 
 
 def test_a_round_moves_nobody_farther_than_they_allow(federation: Federation) -> None:
     modules = [adapter(0.0), adapter(1.0)]
-    federation.add(modules[0], Rounds(size=2, gather=60.0), max_change=2.0)
-    federation.add(modules[1], Rounds(size=2, gather=60.0))
+    federation.add(modules[0], Rounds(size=2, gather=20.0), max_change=2.0)
+    federation.add(modules[1], Rounds(size=2, gather=20.0))
     bounded, free = federation.average(1, 1_000_000)
+    for _ in range(2):
+        if bounded.share < 1.0:  # nothing came, as on a busy machine: that moves nobody at all
+            assert float(numbers(modules[0]).norm()) == 0.0
+            bounded, free = federation.average(1, 1_000_000)
     assert bounded.clipped
     assert not free.clipped
     assert float(numbers(modules[0]).norm()) == pytest.approx(2.0, rel=1e-4)
