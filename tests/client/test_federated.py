@@ -31,6 +31,9 @@ KEY = SwarmKey.generate()
 SIZE = 5000
 
 
+MISSED = 30.0  # seconds: rounds take a few
+
+
 def adapter(value: float | None = None, size: int = SIZE) -> Any:
     """Two tensors that learn and one that does not, all of one number if `value`."""
     module = nn.ModuleDict({"lora": nn.Linear(size, 2), "frozen": nn.Linear(3, 3)})
@@ -60,7 +63,12 @@ class Federation:
         return averager
 
     def average(self, *samples: int) -> list[Round]:
-        """All at once, each with so many samples."""
+        """All at once, each with so many samples. Once more if they missed each other, for as long
+        as they gather, which is seldom and moves nobody."""
+        rounds = self._average(samples)
+        return self._average(samples) if max(r.seconds for r in rounds) > MISSED else rounds
+
+    def _average(self, samples: tuple[int, ...]) -> list[Round]:
         found: dict[int, Round] = {}
 
         def one(index: int) -> None:
@@ -70,7 +78,7 @@ class Federation:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(100)
         return [found[index] for index in range(len(samples))]
 
 
@@ -288,13 +296,9 @@ def test_nobody_weighs_in_with_no_samples(federation: Federation, samples: int) 
 
 def test_a_round_moves_nobody_farther_than_they_allow(federation: Federation) -> None:
     modules = [adapter(0.0), adapter(1.0)]
-    federation.add(modules[0], Rounds(size=2, gather=20.0), max_change=2.0)
-    federation.add(modules[1], Rounds(size=2, gather=20.0))
+    federation.add(modules[0], Rounds(size=2, gather=60.0), max_change=2.0)
+    federation.add(modules[1], Rounds(size=2, gather=60.0))
     bounded, free = federation.average(1, 1_000_000)
-    for _ in range(2):
-        if bounded.share < 1.0:  # nothing came, as on a busy machine: that moves nobody at all
-            assert float(numbers(modules[0]).norm()) == 0.0
-            bounded, free = federation.average(1, 1_000_000)
     assert bounded.clipped
     assert not free.clipped
     assert float(numbers(modules[0]).norm()) == pytest.approx(2.0, rel=1e-4)
