@@ -6,6 +6,7 @@ They hold from this file's import on, which comes before any test imports torch 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import random
 import shutil
@@ -89,6 +90,23 @@ def seeded() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unlogged() -> Iterator[None]:
+    """A command that a test runs in this process logs to that test's stderr, which ends with it.
+
+    Written to later, each line ends in a traceback; Python before 3.11.8 parses to show one, and
+    two threads that parse at once (the other: pytest, at any import of anyio) end in a SystemError.
+    """
+    ours, root = logging.getLogger("swarm"), logging.getLogger()
+    levels = ours.level, root.level
+    yield
+    for handler in root.handlers[:]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    ours.setLevel(levels[0])
+    root.setLevel(levels[1])
 
 
 def nursery_pid() -> int | None:
