@@ -40,7 +40,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.models.pages import PAGE
 from swarm.models.replay import WIDTHS, Captured, Way
-from swarm.models.spans import Span, SpanCache, SpanStep, SplitProof, strip
+from swarm.models.spans import Span, SpanCache, SpanStep, SplitProof
+from swarm.models.stripping import strip
 from swarm.server.compiling import try_out, ways_of
 from swarm.types import BlockRange
 

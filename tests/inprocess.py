@@ -23,7 +23,8 @@ from swarm.identity import Access, Identity, SwarmKey
 from swarm.loop import BackgroundLoop
 from swarm.messages import Message, PushTarget
 from swarm.models.selftest import SplitProof, prove_split
-from swarm.models.spans import Span, strip
+from swarm.models.spans import Span
+from swarm.models.stripping import strip
 from swarm.server.backend import Backend
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler, Served

@@ -114,8 +114,9 @@ def _add_computing(parser: Parser) -> None:
         "--compile",
         default="auto",
         choices=["auto", "on", "off"],
-        help="auto (the default) replays decode steps as CUDA graphs where a trial at start shows "
-        "that it is exact and pays; on tries torch.compile, too, which can take minutes",
+        help="auto (the default) runs steps as torch's tracer recorded them on a CPU, and replays "
+        "decode steps as CUDA graphs, where a trial at start shows that it is exact and, for "
+        "graphs, pays; on tries torch.compile, too, which can take minutes; off none of these",
     )
     parser.add_argument(
         "--kv-memory",

@@ -32,6 +32,7 @@ class SharedPass(Cache, ABC):
     """Stands for `past_key_values` in one forward; inside `with`, masks are its own."""
 
     layer = 0  # that runs
+    _before: SharedPass | None = None  # in which this one runs
 
     @abstractmethod
     def mask(self, visible: Callable[..., Any], local_size: int | None) -> SharedMask:
@@ -41,11 +42,11 @@ class SharedPass(Cache, ABC):
         return 0
 
     def __enter__(self) -> Self:
-        _running.now = self
+        self._before, _running.now = _running.now, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _running.now = None
+        _running.now = self._before
 
 
 class SharedMask(ABC):

@@ -30,7 +30,8 @@ from swarm.models.families import causal_class, text_config
 from swarm.models.outline import outlining
 from swarm.models.selftest import prove_split
 from swarm.models.shell import RemoteStack, make_shell
-from swarm.models.spans import Span, SplitProof, strip
+from swarm.models.spans import Span, SplitProof
+from swarm.models.stripping import strip
 from swarm.types import BlockRange
 
 _ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"

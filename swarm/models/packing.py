@@ -9,13 +9,16 @@ tensor (queries, keys and values, say) become one, which saves calls, and packs 
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+jit: Any = torch.jit  # which does not say what it exports
 
 # Below so many weights the plain product is as fast, or faster for a single row: 768 x 256 takes 23
 # us against 31 packed, but 91 against 50 with 8 rows.
@@ -42,6 +45,24 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, size: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], size)
 
 
+_SCRIPT = f"""
+def multiply(x, packed, bias: Optional[Tensor], size: int, large: bool):
+    none: List[Optional[number]] = []
+    if x.numel() > size or not large:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", none, "")
+    few = x.reshape(1, -1).repeat({_FEW}, 1)
+    few = torch.ops.mkldnn._linear_pointwise(few, packed, bias, "none", none, "")
+    return few[:1].view(x.size(0), x.size(1), -1)
+"""
+
+
+@functools.cache
+def _script() -> Any:
+    """`PackedLinear.forward` for torch's tracer, which cannot record a call with a list of numbers
+    and would record one of both branches only."""
+    return jit.CompilationUnit(_SCRIPT)
+
+
 class _Multiplication(torch.autograd.Function):
     """For gradients of `x`, which oneDNN's own product does not know of; weights are frozen."""
 
@@ -63,22 +84,24 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.bias = plain.bias
         self._large = plain.weight.numel() >= _LARGE
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(plain.weight.data, _ROWS)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(plain.weight.data, _ROWS)
 
     @property
     def weight(self) -> Tensor:
         """A plain copy, for code that looks at it."""
-        return self._packed.to_dense()
+        return self.packed.to_dense()
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _Multiplication.apply(x, self))
         if torch.compiler.is_compiling():
-            return _opaque(x, self._packed, self.bias, self.out_features)
+            return _opaque(x, self.packed, self.bias, self.out_features)
+        if jit.is_tracing():
+            return _script().multiply(x, self.packed, self.bias, self.in_features, self._large)
         if x.numel() > self.in_features or not self._large:
-            return _multiply(x, self._packed, self.bias)
+            return _multiply(x, self.packed, self.bias)
         few = x.reshape(1, -1).repeat(_FEW, 1)
-        return _multiply(few, self._packed, self.bias)[:1].view(*x.shape[:-1], -1)
+        return _multiply(few, self.packed, self.bias)[:1].view(*x.shape[:-1], -1)
 
 
 class JoinedLinear(nn.Module):
@@ -163,6 +186,12 @@ def quicken(root: nn.Module, probe: Callable[[], Tensor] | None = None) -> None:
         child = owner.get_submodule(name)
         if type(child) is nn.Linear and (packed := _packed(child)) is not None:
             setattr(owner, name, packed)
+
+
+def packed_weights(roots: Iterable[nn.Module]) -> list[Tensor]:
+    """Of all products below `roots`, in oneDNN's layouts."""
+    modules = (module for root in roots for module in root.modules())
+    return [module.packed for module in modules if isinstance(module, PackedLinear)]
 
 
 def _owners(root: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,8 @@ from swarm.models.cache import SpanCache
 from swarm.models.families import cache_argument, causal_class, depends_on_pass, text_config
 from swarm.models.shell import ShellCache, make_shell
 from swarm.models.shrink import VOCAB, shrink
-from swarm.models.spans import Span, SpanStep, SplitProof, strip
+from swarm.models.spans import Span, SpanStep, SplitProof
+from swarm.models.stripping import strip
 from swarm.types import BlockRange
 
 TOLERANCE = 1e-4  # of logits, absolute, or relative to the largest one

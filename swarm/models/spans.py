@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from swarm.errors import ErrorCode, RemoteProtocolError, UnsupportedModel
@@ -36,6 +36,7 @@ from swarm.models.packing import quicken
 from swarm.models.passes import Segment, to_device
 from swarm.models.replay import Replays
 from swarm.models.storage import KvStore
+from swarm.models.traced import Traces
 from swarm.models.views import View
 from swarm.types import BlockRange
 
@@ -73,46 +74,6 @@ class SplitProof:
     can_align: bool = False
 
 
-class _Nothing(nn.Module):
-    """In place of embeddings: the stack adds or looks up something that no one will read."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        zeros = torch.zeros(1, 1, hidden_size, device="cpu")  # also while all else is `outlining`
-        self.register_buffer("zeros", zeros, persistent=False)
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return cast(Tensor, self.zeros)
-
-
-class _Same(nn.Module):
-    """In place of norms and projections around the blocks, which belong to the client."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-def strip(model: PreTrainedModel, blocks: BlockRange) -> None:
-    """Take everything with weights but `blocks` out of `model`, leaving what its forward calls."""
-    stack, list_name = find_stack(model)
-    layers = cast(nn.ModuleList, getattr(stack, list_name))
-    for index in range(len(layers)):
-        if not blocks.start <= index < blocks.end:
-            layers[index] = nn.Module()
-    size = text_config(model.config).hidden_size
-    kept = {layers, *(module for module in model.modules() if stack in module.modules())}
-    for owner in kept - {layers}:
-        for name, child in owner.named_children():
-            if child not in kept and _is_clients(child):
-                setattr(owner, name, _Nothing(size) if isinstance(child, nn.Embedding) else _Same())
-    model.all_tied_weights_keys = {}
-
-
-def _is_clients(child: nn.Module) -> bool:
-    """Whatever has weights, and norms that have none; what is left computes positions."""
-    return any(True for _ in child.parameters()) or "norm" in type(child).__name__.lower()
-
-
 class Span:
     """Blocks that a server holds. Not thread-safe: one thread owns the device.
 
@@ -122,6 +83,7 @@ class Span:
 
     def __init__(self, model: PreTrainedModel, blocks: BlockRange, proof: SplitProof) -> None:
         self._stack, self._list_name = find_stack(model)
+        self._stack.requires_grad_(False)
         self.config = text_config(model.config)
         self.blocks = blocks
         self.proof = proof
@@ -138,6 +100,7 @@ class Span:
         quicken(self._stack, self._try_out)
         self.store = self._make_store()
         self.replays = Replays(self.store, self.hidden_size)
+        self.traces = Traces(self.hidden_size, self.dtype)
         layers: Any = getattr(self._stack, self._list_name)
         self.patches = Patches({i: layers[i] for i in range(blocks.start, blocks.end)})
         self.residents: Sequence[Resident] = ()  # adapters that the owner has preloaded
@@ -174,6 +137,14 @@ class Span:
             max_length=max_length,
             store=self.store,
         )
+
+    def record(self) -> None:
+        """From now on run passes without Python between their calls (models/traced.py). Raises
+        whatever torch does where they cannot be recorded."""
+        if self._gathers or self.takes_whole_steps or not self.proof.can_batch:
+            raise UnsupportedModel("passes of this family depend on more than their tokens")
+        self.traces.record(self._view(self.blocks))
+        self.traces.on = True
 
     def weights(self) -> Iterable[Tensor]:
         return self._stack.parameters()
@@ -287,12 +258,10 @@ class Span:
             parts = [hidden[index] for index in members]
             uses = [_use(s, p.start, p.end) for s, p in zip(together, packed, strict=True)]
             work = RaggedPass(self.store, packed, gathers=self._gathers)
+            together_hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            positions = _packed_positions(together, self.device)
             with work, self._adapted(uses):
-                output = self._view(piece).run(
-                    torch.cat(parts, dim=1) if len(parts) > 1 else parts[0],
-                    position_ids=_packed_positions(together, self.device),
-                    past_key_values=work,
-                )
+                output = self._forward(piece, together_hidden, positions, work, uses)
             for index, segment in zip(members, packed, strict=True):
                 hidden[index] = output[:, segment.start : segment.end]
             segments |= zip(members, packed, strict=True)
@@ -300,6 +269,21 @@ class Span:
             (segments[index], hidden[index].view(step.hidden.shape))
             for index, step in enumerate(steps)
         ]
+
+    def _forward(
+        self,
+        piece: BlockRange,
+        hidden: Tensor,
+        positions: Tensor,
+        work: RaggedPass,
+        uses: Sequence[Use],
+    ) -> Tensor:
+        view, output = self._view(piece), None
+        if not any(use.adapter for use in uses):  # they work by hooks, which are not recorded
+            output = self.traces.run(view, hidden, positions, work)
+        if output is None:
+            output = view.run(hidden, position_ids=positions, past_key_values=work)
+        return output
 
     def _run_again(self, steps: list[SpanStep]) -> list[tuple[Segment, Tensor]] | None:
         """By a forward that is there for passes like this one; None: there is none."""

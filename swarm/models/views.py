@@ -43,7 +43,8 @@ class View:
         vars(self.stack)["_modules"] = dict(stack.named_children())
         # A plain list, since models slice it in every forward and module lists are slow at that.
         del vars(self.stack)["_modules"][list_name]
-        vars(self.stack)[list_name] = [self.entry, *layers[1:]]
+        self.layers = [self.entry, *layers[1:]]
+        vars(self.stack)[list_name] = self.layers
         config = cast(Any, stack).config
         vars(self.stack)["config"] = sliced_config(config, blocks.start, blocks.end)
 

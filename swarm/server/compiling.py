@@ -1,4 +1,5 @@
-"""Whether decode passes are captured or compiled here: tried at start, kept only where it pays."""
+"""Whether decode passes are captured or compiled here, and all of them recorded: tried at start,
+kept only where it is exact and pays."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 CompileMode = Literal["auto", "on", "off"]
 
+_RECORDED = 5  # tokens of the prompt in the trial of a recording
 _PAST = PAGE + 3  # tokens before the one of the trial: more than a page
 _ROUNDS = 5  # in turns; others on this machine can only take time away, so the best one counts
 _MARGIN = 0.9  # of the plain forward's time, at most: what is as quick is not worth its memory
@@ -59,6 +61,55 @@ def ways_of(mode: CompileMode, device: torch.device) -> list[Way]:
         captured = Captured(device)
         return [captured, CompiledAndCaptured(device)] if mode == "on" else [captured]
     return [Compiled()] if mode == "on" else []
+
+
+@torch.inference_mode()
+def try_recording(span: Span) -> bool:
+    """Have the span run passes as recorded, on a CPU, if that gives the plain forward's numbers.
+
+    Nobody else may use the span meanwhile. It takes as long as four passes, and some 10 ms for each
+    block. It is not timed: what runs is the same calls with less between them.
+    """
+    if span.device.type != "cpu":
+        return False
+    generator = torch.Generator().manual_seed(_RECORDED)
+    text = torch.randn(1, _RECORDED + 1, span.hidden_size, generator=generator).to(span.dtype)
+    cache = span.open_cache(span.blocks, 1, _RECORDED + 1)
+    outputs: dict[bool, torch.Tensor] = {}
+    try:
+        for recorded in (False, True):
+            if recorded:
+                span.record()
+            parts: list[torch.Tensor] = []
+            for part in (text[:, :_RECORDED], text[:, _RECORDED:]):
+                cache.make_room(part.shape[1])
+                parts += span.run([SpanStep(cache, part)])
+            outputs[recorded] = torch.cat(parts, dim=1)
+            cache.crop(0)
+    except OutOfPages:
+        span.traces.forget()
+        return False
+    # As for the other ways: whatever cannot be recorded serves well without.
+    except Exception as error:  # noqa: BLE001
+        why = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        logger.info("passes cannot be recorded here: %s", why)
+        span.traces.forget()
+        return False
+    finally:
+        cache.release()
+    difference = _difference(outputs[False], outputs[True])
+    kept = span.traces.on and difference <= _ALIKE[span.dtype]
+    if not kept:
+        span.traces.forget()
+    told = "run as recorded" if kept else "not recorded"
+    logger.info("passes are %s: off by %.1e of the largest number", told, difference)
+    return kept
+
+
+def _difference(plain: torch.Tensor, found: torch.Tensor) -> float:
+    """The largest one, of the largest number."""
+    plain, found = plain.double(), found.double()
+    return float((found - plain).abs().max() / plain.abs().max())
 
 
 def try_out(
@@ -127,6 +178,5 @@ def _try(span: Span, way: Way, rows: int, clock: Callable[[], float]) -> Trial:
                 cache.crop(_PAST)
     finally:
         cache.release()
-    plain, found = (output.double() for output in outputs)
-    difference = float((found - plain).abs().max() / plain.abs().max())
+    difference = _difference(*outputs)
     return Trial(way.name, rows, best[0] * 1e3, best[1] * 1e3, difference, _ALIKE[span.dtype])

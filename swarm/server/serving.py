@@ -20,7 +20,7 @@ from swarm.models.loading import load_span
 from swarm.models.spans import Span, SplitProof
 from swarm.server import throughput
 from swarm.server.backend import Backend
-from swarm.server.compiling import CompileMode, try_out, ways_of
+from swarm.server.compiling import CompileMode, try_out, try_recording, ways_of
 from swarm.server.door import Door
 from swarm.server.executor import Executor
 from swarm.server.handler import Handler
@@ -80,6 +80,8 @@ class Source:
         store.budget = self.limits.kv_bytes or throughput.cache_budget(self.device)
         tokens = store.budget // store.token_bytes
         logger.info("%.2f GiB for keys and values: %d tokens", store.budget / 2**30, tokens)
+        if self.compile != "off":
+            try_recording(span)
         try_out(span, ways_of(self.compile, self.device))
         try:
             alone = throughput.measure(span, *SHAPES["alone"])
@@ -99,7 +101,8 @@ class Source:
     def _key(self, blocks: BlockRange) -> str:
         name = self.checkpoint.fingerprint
         key = throughput.speeds_key(name, len(blocks), self.dtype, self.device)
-        return f"{key}\n{self.compile}" if ways_of(self.compile, self.device) else key
+        usual = self.compile == "auto" and not ways_of(self.compile, self.device)
+        return key if usual else f"{key}\n{self.compile}"
 
 
 @dataclass(slots=True)

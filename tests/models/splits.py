@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from swarm.models.selftest import ChainedSpans, prove_split
 from swarm.models.shell import make_shell
-from swarm.models.spans import Span, SplitProof, strip
+from swarm.models.spans import Span, SplitProof
+from swarm.models.stripping import strip
 from swarm.types import BlockRange
 from tests.models.tiny import LAYERS, VOCAB, tiny_model
 

@@ -13,7 +13,8 @@ from swarm.errors import ErrorCode, RemoteProtocolError
 from swarm.models.cache import SpanCache
 from swarm.models.pages import PAGE
 from swarm.models.selftest import ChainCache, prove_split
-from swarm.models.spans import Span, SpanStep, SplitProof, strip
+from swarm.models.spans import Span, SpanStep, SplitProof
+from swarm.models.stripping import strip
 from swarm.types import BlockRange
 from tests.models.splits import close, logits, positions, shell, span, text, whole
 from tests.models.tiny import FAMILIES, LAYERS, tiny_config

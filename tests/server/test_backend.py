@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from swarm.errors import ErrorCode, OutOfPages, RemoteProtocolError
 from swarm.models.pages import PAGE
-from swarm.models.spans import Span, SpanCache, SpanStep, SplitProof, strip
+from swarm.models.spans import Span, SpanCache, SpanStep, SplitProof
+from swarm.models.stripping import strip
 from swarm.server.backend import Backend, Work
 from swarm.server.scheduler import Slice
 from swarm.types import BlockRange

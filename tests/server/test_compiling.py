@@ -13,8 +13,9 @@ from swarm.models.fixed import FixedPass
 from swarm.models.pages import PAGE
 from swarm.models.replay import Compiled, Forward, Sub, Way
 from swarm.models.spans import Span, SpanStep
+from swarm.models.traced import Trace
 from swarm.server.backend import moved
-from swarm.server.compiling import Trial, try_out, ways_of
+from swarm.server.compiling import Trial, try_out, try_recording, ways_of
 from tests.inprocess import span_of
 from tests.models.tiny import tiny_model
 
@@ -164,7 +165,41 @@ def test_what_finds_no_memory_is_not_tried(span: Span) -> None:
     assert span.store.used == 0
 
 
-def test_by_itself_a_server_tries_nothing_on_a_cpu_nor_what_takes_minutes() -> None:
+def test_a_recording_is_kept_if_it_gives_the_same(
+    span: Span, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="swarm")
+    before = answer(span)
+    assert try_recording(span)
+    assert span.traces.on
+    assert "passes are run as recorded: off by 0.0e+00" in caplog.text
+    assert torch.equal(answer(span), before)
+    assert span.store.used == 0
+
+
+def test_a_recording_that_gives_something_else_is_not_kept(
+    span: Span, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="swarm")
+    before, run = answer(span), Trace.run
+    for factor in (1.01, float("nan")):
+        with monkeypatch.context() as patched:
+            patched.setattr(Trace, "run", lambda *given, by=factor: run(*given) * by)
+            assert not try_recording(span)
+        assert not span.traces.on
+        assert torch.equal(answer(span), before)
+    assert "not recorded: off by 1.0e-02" in caplog.text
+    assert "not recorded: off by nan" in caplog.text
+    assert span.store.used == 0
+
+
+def test_without_memory_for_a_page_nothing_is_recorded(span: Span) -> None:
+    span.store.budget = 1
+    assert not try_recording(span)
+    assert not span.traces.on
+
+
+def test_by_itself_a_server_compiles_nothing_on_a_cpu_nor_what_takes_minutes() -> None:
     assert ways_of("auto", CPU) == []
     assert ways_of("off", GPU) == ways_of("off", CPU) == []
     assert [way.name for way in ways_of("on", CPU)] == ["compiled"]
