@@ -12,9 +12,9 @@ import logging
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,15 +97,23 @@ class _Forward(nn.Module):
 
     def __init__(self, view: View, work: _Recorder) -> None:
         super().__init__()
-        # Not as children: plain weights become constants, which are not copied. Packed ones cannot.
+        # Not as children, whose weights may be shared, or of a layout that is no parameter's.
         vars(self).update(view=view, work=work)
-        for index, weight in enumerate(packed_weights(view.layers)):
-            self.register_buffer(f"packed{index}", weight)
+        weights = {id(weight): weight for weight in _weights(view)}
+        for index, weight in enumerate(weights.values()):
+            self.register_buffer(f"weight{index}", weight)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         found = vars(self)
         with found["work"]:
             return found["view"].run(hidden, position_ids=positions, past_key_values=found["work"])
+
+
+def _weights(view: View) -> Iterator[Tensor]:
+    for root in (view.stack, *view.layers):
+        yield from root.parameters()
+        yield from root.buffers()
+    yield from packed_weights(view.layers)
 
 
 class Trace:
@@ -119,7 +127,11 @@ class Trace:
         example = torch.zeros(1, _TOKENS, size, dtype=dtype), torch.arange(_TOKENS)[None]
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            run: Any = jit.trace(_Forward(view, recorder), example, check_trace=False)
+            module = _Forward(view, recorder)
+            # Not `jit.trace`, which keeps what it made until the process ends: 1 MiB a block. Here
+            # weights are arguments, behind the module's own.
+            graph, _ = jit._get_trace_graph(module, example)
+            run = cast(Any, torch)._C._create_function_from_graph("forward", graph)
         # It also recommends torch.compile, which takes minutes and makes little quicker here that
         # this does not (docs/benchmarks.md).
         for warning in told:
@@ -127,6 +139,7 @@ class Trace:
                 where = f"{Path(warning.filename).name}, line {warning.lineno}"
                 raise UnsupportedModel(f"its forward asks a tensor something ({where})")
         self._run = run
+        self._weights = list(module.buffers())
         self._masks, self._scorings = recorder.masks, recorder.scorings
 
     def run(self, hidden: Tensor, positions: Tensor, work: RaggedPass) -> Tensor:
@@ -136,7 +149,7 @@ class Trace:
         try:
             # What it optimizes for is the shapes of the passes before.
             with jit.optimized_execution(False):
-                return self._run(hidden, positions)
+                return self._run(hidden, positions, *self._weights)
         finally:
             _live.work, _live.masks = None, ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -122,6 +124,24 @@ def test_parts_of_a_span_are_recorded_once_they_are_worth_it(
             ]
             assert all(close(a, b) for a, b in zip(*outputs, strict=True))
     assert len(runs) == 3 * 3  # three parts, from the third pass on
+
+
+def test_what_was_recorded_keeps_no_weights_of_a_span_that_is_left() -> None:
+    held = span("llama", 0, 2)
+    assert try_recording(held)
+    (trace,) = held.traces._made.values()
+    assert trace is not None
+    constants = [
+        node.t("value")
+        for node in trace._run.graph.nodes()
+        if node.kind() == "prim::Constant" and "value" in node.attributeNames()
+        if node.kindOf("value") == "t"
+    ]
+    assert sum(constant.numel() for constant in constants) < held.hidden_size
+    weights = [weakref.ref(weight) for weight in held.weights()]
+    del held, trace, constants
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 class Asking(nn.Module):
