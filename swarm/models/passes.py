@@ -191,14 +191,14 @@ class KindPass:
         self.slabs = store.slabs(kind)
         self._readings = store.readings
         self.segments = segments
-        self._writes = self._find_places()
+        self.writes = self._find_places()
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Put `[N, heads, dim]` where the packed tokens belong; others' are left out."""
         if not self._alone:
             mine = slice(self.segments[0].start, self.segments[-1].end)
             keys, values = keys[mine], values[mine]
-        for slab, take, index in self._writes:
+        for slab, take, index in self.writes:
             for held, new in zip(slab.layers[layer], (keys, values), strict=True):
                 held[index] = new if take is None else new[take]
 

@@ -14,14 +14,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from swarm.errors import UnsupportedModel
-from swarm.models.attention import RaggedPass, SharedMask, SharedPass
+from swarm.models.attention import RaggedMask, RaggedPass, SharedMask, SharedPass
 from swarm.models.packing import jit, packed_weights
+from swarm.models.pages import PAGE
+from swarm.models.passes import Group
 from swarm.models.scoring import Scoring
 from swarm.models.views import View
 
@@ -64,6 +66,7 @@ class _Recorder(SharedPass):
         super().__init__(layers=[])
         self.masks: list[tuple[_Visible, int | None]] = []
         self.scorings: dict[int, Scoring] = {}
+        self.mask_of: dict[int, int] = {}  # by layer
         self._given: tuple[Tensor, Tensor] | None = None
 
     def update(
@@ -76,11 +79,15 @@ class _Recorder(SharedPass):
         self.masks.append((visible, local_size))
         return _RecordedMask(self, len(self.masks) - 1)
 
-    def note(self, key: Tensor, value: Tensor, scoring: Scoring) -> None:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: int) -> Tensor:
+        return torch.ops.swarm.attend(query, key, value, self.layer, mask)
+
+    def note(self, key: Tensor, value: Tensor, scoring: Scoring, mask: int) -> None:
         given, self._given = self._given, None
         if given is None or given[0] is not key or given[1] is not value:
             raise NotImplementedError("attention over something else than what was kept")
         self.scorings[self.layer] = scoring
+        self.mask_of[self.layer] = mask
 
 
 class _RecordedMask(SharedMask):
@@ -88,25 +95,64 @@ class _RecordedMask(SharedMask):
         self._recorder, self._index = recorder, index
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
-        self._recorder.note(key, value, scoring)
-        return torch.ops.swarm.attend(query, key, value, self._recorder.layer, self._index)
+        self._recorder.note(key, value, scoring, self._index)
+        return self._recorder.attend(query, key, value, self._index)
+
+
+class _RowRecorder(_Recorder):
+    """Of passes of one row with one new token, whose pages follow each other: its attention is a
+    few calls on views of them, which are recorded as well."""
+
+    def __init__(self, views: Mapping[int, _Row], added: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._views, self._added = views, added
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: int) -> Tensor:
+        """As `attention._decode_directly`, in numbers that follow from the views' shapes."""
+        row = self._views[self.layer]
+        row.key_place.copy_(key[0, :, 0])
+        row.value_place.copy_(value[0, :, 0])
+        heads = row.key_place.shape[0]
+        items = row.keys.shape[0] // heads
+        left = query.reshape(1, heads, -1, query.shape[3]).expand(items, -1, -1, -1).flatten(0, 1)
+        bias = self._added[mask].expand(-1, heads, -1, -1, -1).reshape(-1, 1, PAGE)
+        scores = torch.baddbmm(bias, left, row.keys, alpha=self.scorings[self.layer].scaling)
+        lined_up = scores.view(items, heads, -1, PAGE).permute(1, 2, 0, 3).flatten(2)
+        weights = torch.softmax(lined_up, dim=-1).unflatten(2, (-1, PAGE)).permute(2, 0, 1, 3)
+        output = torch.bmm(weights.reshape(items * heads, -1, PAGE), row.values)
+        return output.view(items, query.shape[1], -1).sum(0)[None, None]
+
+
+class _Row(NamedTuple):
+    """One layer's views: where to put `[heads, dim]` of the new token, and what it sees."""
+
+    key_place: Tensor
+    value_place: Tensor
+    keys: Tensor  # [items * heads, dim, PAGE]
+    values: Tensor  # [items * heads, PAGE, dim]
 
 
 class _Forward(nn.Module):
     """What is recorded: `[1, N, H]` and positions `[1, N]` to `[1, N, H]`."""
 
-    def __init__(self, view: View, work: _Recorder) -> None:
+    def __init__(self, view: View, mask_of: Mapping[int, int] | None = None) -> None:
+        """`mask_of`: by layer, where a single row is to be recorded."""
         super().__init__()
         # Not as children, whose weights may be shared, or of a layout that is no parameter's.
-        vars(self).update(view=view, work=work)
+        vars(self).update(view=view, mask_of=mask_of or {}, recorder=None)
         weights = {id(weight): weight for weight in _weights(view)}
         for index, weight in enumerate(weights.values()):
             self.register_buffer(f"weight{index}", weight)
 
-    def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        found = vars(self)
-        with found["work"]:
-            return found["view"].run(hidden, position_ids=positions, past_key_values=found["work"])
+    def forward(self, hidden: Tensor, positions: Tensor, *views: Tensor) -> Tensor:
+        """`views`: those of each layer, and what is added to each mask's scores."""
+        given = vars(self)
+        mask_of: Mapping[int, int] = given["mask_of"]
+        rows = {layer: _Row(*views[4 * at : 4 * at + 4]) for at, layer in enumerate(mask_of)}
+        added = dict(zip(dict.fromkeys(mask_of.values()), views[4 * len(rows) :], strict=True))
+        work = given["recorder"] = _RowRecorder(rows, added) if rows else _Recorder()
+        with work:
+            return given["view"].run(hidden, position_ids=positions, past_key_values=work)
 
 
 def _weights(view: View) -> Iterator[Tensor]:
@@ -116,42 +162,82 @@ def _weights(view: View) -> Iterator[Tensor]:
     yield from packed_weights(view.layers)
 
 
-class Trace:
-    """One view's recording. Raises whatever torch and the model do where it cannot be made, and
-    UnsupportedModel where it would hold for some passes only: where Python asks a tensor something.
-    """
+class _Recording:
+    """A function for torch's interpreter."""
 
     @torch.inference_mode()
-    def __init__(self, view: View, size: int, dtype: torch.dtype) -> None:
-        recorder = _Recorder()
-        example = torch.zeros(1, _TOKENS, size, dtype=dtype), torch.arange(_TOKENS)[None]
+    def __init__(self, module: _Forward, example: tuple[Tensor, ...]) -> None:
+        """Raises UnsupportedModel, and whatever torch and the model do."""
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            module = _Forward(view, recorder)
             # Not `jit.trace`, which keeps what it made until the process ends: 1 MiB a block. Here
             # weights are arguments, behind the module's own.
             graph, _ = jit._get_trace_graph(module, example)
-            run = cast(Any, torch)._C._create_function_from_graph("forward", graph)
+            self._run = cast(Any, torch)._C._create_function_from_graph("forward", graph)
         # It also recommends torch.compile, which takes minutes and makes little quicker here that
         # this does not (docs/benchmarks.md).
         for warning in told:
             if issubclass(warning.category, jit.TracerWarning):
                 where = f"{Path(warning.filename).name}, line {warning.lineno}"
                 raise UnsupportedModel(f"its forward asks a tensor something ({where})")
-        self._run = run
         self._weights = list(module.buffers())
-        self._masks, self._scorings = recorder.masks, recorder.scorings
+
+    def __call__(self, *given: Tensor) -> Tensor:
+        # What it optimizes for is the shapes of the passes before.
+        with jit.optimized_execution(False):
+            return self._run(*given, *self._weights)
+
+
+class Trace:
+    """One view's recordings. Raises whatever torch and the model do where they cannot be made, and
+    UnsupportedModel where they would hold for some passes only: where Python asks a tensor
+    something."""
+
+    def __init__(self, view: View, size: int, dtype: torch.dtype) -> None:
+        example = torch.zeros(1, _TOKENS, size, dtype=dtype), torch.arange(_TOKENS)[None]
+        forward = _Forward(view)
+        self._any = _Recording(forward, example)
+        found: _Recorder = vars(forward)["recorder"]
+        self._masks, self._scorings, self._mask_of = found.masks, found.scorings, found.mask_of
+        plain = all(
+            scoring.softcap is None and scoring.sinks is None for scoring in self._scorings.values()
+        )
+        self._makes_row = plain and dtype == torch.float32
+        self._row: _Recording | None = None
+        self._view = view
 
     def run(self, hidden: Tensor, positions: Tensor, work: RaggedPass) -> Tensor:
         """`[1, N, H]`; inside `with work`."""
-        _live.work, _live.scorings = work, self._scorings
-        _live.masks = [work.mask(visible, local_size) for visible, local_size in self._masks]
+        masks = [work.mask(visible, local_size) for visible, local_size in self._masks]
+        if self._makes_row and hidden.shape[1] == 1:
+            views = self._views(work, masks)
+            if views is not None:
+                if self._row is None:
+                    self._row = _Recording(
+                        _Forward(self._view, self._mask_of), (hidden, positions, *views)
+                    )
+                return self._row(hidden, positions, *views)
+        _live.work, _live.masks, _live.scorings = work, masks, self._scorings
         try:
-            # What it optimizes for is the shapes of the passes before.
-            with jit.optimized_execution(False):
-                return self._run(hidden, positions, *self._weights)
+            return self._any(hidden, positions)
         finally:
             _live.work, _live.masks = None, ()
+
+    def _views(self, work: RaggedPass, masks: Sequence[RaggedMask]) -> list[Tensor] | None:
+        """Of a single row whose pages follow each other in one slab; None: it is not."""
+        views, seen = list[Tensor](), dict[int, tuple[Group, Tensor]]()
+        for layer, mask in self._mask_of.items():
+            work.layer = layer
+            if mask not in seen:
+                (seen[mask],) = masks[mask].groups()
+            reading = seen[mask][0].reading
+            ((slab, _, (page, _, offset)),) = work.now[0].writes
+            keys, values = (reading.factors(layer, which) for which in (0, 1))
+            if len(keys) > 1:
+                return None
+            held = slab.layers[layer]
+            views += [held[0][page, :, offset], held[1][page, :, offset], keys[0][0], values[0][0]]
+        return [*views, *(added for _, added in seen.values())]
 
 
 class Traces:

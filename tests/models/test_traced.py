@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from swarm.models import packing, traced
 from swarm.models.adapters import BlockAdapter
 from swarm.models.pages import PAGE
-from swarm.models.spans import Span, SpanStep
+from swarm.models.spans import Span, SpanCache, SpanStep
 from swarm.server.compiling import try_recording
 from swarm.types import BlockRange
 from tests.models.splits import close, span
@@ -126,22 +126,32 @@ def test_parts_of_a_span_are_recorded_once_they_are_worth_it(
     assert len(runs) == 3 * 3  # three parts, from the third pass on
 
 
-def test_what_was_recorded_keeps_no_weights_of_a_span_that_is_left() -> None:
+def test_what_was_recorded_keeps_neither_weights_nor_pages_of_a_span_that_is_left() -> None:
     held = span("llama", 0, 2)
     assert try_recording(held)
-    (trace,) = held.traces._made.values()
-    assert trace is not None
     constants = [
         node.t("value")
-        for node in trace._run.graph.nodes()
+        for recording in _recordings(held)
+        for node in recording._run.graph.nodes()
         if node.kind() == "prim::Constant" and "value" in node.attributeNames()
         if node.kindOf("value") == "t"
     ]
     assert sum(constant.numel() for constant in constants) < held.hidden_size
-    weights = [weakref.ref(weight) for weight in held.weights()]
-    del held, trace, constants
+    left = [weakref.ref(weight) for weight in held.weights()]
+    slabs = [slab for kind in held.store.kinds(held.blocks) for slab in held.store.slabs(kind)]
+    assert slabs
+    left += [weakref.ref(part) for slab in slabs for pair in slab.layers.values() for part in pair]
+    del held, constants, slabs
     gc.collect()
-    assert not any(weight() is not None for weight in weights)
+    assert not any(tensor() is not None for tensor in left)
+
+
+def _recordings(held: Span) -> list[Any]:
+    """That for all passes, and that for single rows."""
+    (trace,) = held.traces._made.values()
+    assert trace is not None
+    assert trace._row is not None
+    return [trace._any, trace._row]
 
 
 class Asking(nn.Module):
@@ -176,15 +186,38 @@ def test_what_fails_later_costs_nobody_a_token(
     passes = iter(range(1, 100))
 
     def fail(*given: Tensor) -> Tensor:
-        output = trace_run(*given)
+        output = recorded(*given)
         if next(passes) == 3:
             raise RuntimeError("an illegal instruction")
         return output
 
-    trace_run = trace._run
-    monkeypatch.setattr(trace, "_run", fail)
+    recorded = trace._any
+    monkeypatch.setattr(trace, "_any", fail)
     chat(held, span("llama", 0, 2), 4)
     assert next(passes) == 4
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "an illegal instruction" in caplog.text
     assert not held.traces.on
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_a_single_row_is_exact_wherever_its_pages_lie(family: str) -> None:
+    """From one page to many, before and after windows slide and others' pages come between."""
+    held, plain = span(family, 3, 6), span(family, 3, 6)
+    assert try_recording(held)
+    sides = (held, plain)
+    mine = [side.open_cache(side.blocks, 1, 8 * PAGE) for side in sides]
+    others = [side.open_cache(side.blocks, 1, PAGE) for side in sides]
+
+    def step(caches: list[SpanCache], tokens: int) -> bool:
+        hidden = torch.randn(1, tokens, held.hidden_size)
+        outputs = [
+            side.run([SpanStep(cache, hidden)])[0]
+            for side, cache in zip(sides, caches, strict=True)
+        ]
+        return close(*outputs)
+
+    for length in (3, PAGE - 2, 2 * PAGE - 2, 5 * PAGE - 1):
+        assert step(mine, length - mine[0].length)
+        assert all(step(mine, 1) for _ in range(4))
+        assert step(others, 1) if length < PAGE else True
