@@ -52,6 +52,9 @@ _MAX_STREAMS_EACH = 4  # ...and from one
 _MAX_GATHERED = 2048  # bytes that somebody tells of themselves
 _CONNECT_SECONDS = 3.0  # until somebody answers to an opened stream, or to a request to join
 _POLL_SECONDS = 0.3  # between looks for others into the DHT
+# Until a leader is asked again who refused, or did not answer: two who ask each other at a time do
+# neither. Few times, since others wait while one who never answers is asked.
+_AGAIN_SECONDS = (1.0, 5.0)
 _LINGER_SECONDS = 0.5  # until the daemon has sent what we answered
 _STALLED = 3  # times `silence` without progress, longer than anybody is waited for
 _FAILURES = (P2PDaemonError, P2PHandlerError, AllreduceException, OSError, EOFError)
@@ -265,6 +268,26 @@ class _Matching(Matchmaking):
     """Admits nobody who has not introduced themselves, and follows no leader with others."""
 
     meeting: Meeting
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._failed: Counter[PeerID] = Counter()
+
+    async def _request_join_group(self, leader: PeerID) -> GroupInfo | None:
+        group = await super()._request_join_group(leader)
+        if group is None and self._failed[leader] < len(_AGAIN_SECONDS):
+            # hivemind asks nobody again before they announce themselves anew: when all is over.
+            pause = _AGAIN_SECONDS[self._failed[leader]]
+            asyncio.get_running_loop().call_later(pause, self._may_ask, leader)
+            self._failed[leader] += 1
+        return group
+
+    def _may_ask(self, leader: PeerID) -> None:
+        search = self.potential_leaders
+        tried = {attempt for attempt in search.past_attempts if attempt[0] == leader}
+        search.past_attempts -= tried
+        if tried:
+            search.update_triggered.set()
 
     def _check_reasons_to_reject(self, request: Any, context: Any) -> Any:
         try:

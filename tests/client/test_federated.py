@@ -20,6 +20,7 @@ from hivemind.p2p import P2P
 from torch import nn
 
 from swarm.client.federated import FederatedAverager, Round, Rounds
+from swarm.dht import averaging
 from swarm.dht.allreduce import Runner
 from swarm.dht.averaging import Averager
 from swarm.errors import UsageError
@@ -29,9 +30,6 @@ HERE = "127.0.0.1:0"
 QUICK = Rounds(gather=1.0, silence=1.0, exchange=10.0)
 KEY = SwarmKey.generate()
 SIZE = 5000
-
-
-MISSED = 30.0  # seconds: rounds take a few
 
 
 def adapter(value: float | None = None, size: int = SIZE) -> Any:
@@ -63,12 +61,7 @@ class Federation:
         return averager
 
     def average(self, *samples: int) -> list[Round]:
-        """All at once, each with so many samples. Once more if they missed each other, for as long
-        as they gather, which is seldom and moves nobody."""
-        rounds = self._average(samples)
-        return self._average(samples) if max(r.seconds for r in rounds) > MISSED else rounds
-
-    def _average(self, samples: tuple[int, ...]) -> list[Round]:
+        """All at once, each with so many samples."""
         found: dict[int, Round] = {}
 
         def one(index: int) -> None:
@@ -285,6 +278,31 @@ def test_numbers_that_are_none_reach_nobody(federation: Federation) -> None:
         modules[0]["lora"].weight[0, 0] = float("inf")
     with pytest.raises(UsageError, match="not finite"):
         federation.averagers[1].average(1)
+
+
+def test_a_leader_who_refuses_at_first_is_asked_again(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when two ask each other at the same time, and neither can answer."""
+    refused: list[str] = []
+    join = averaging._Matching.rpc_join_group
+
+    async def hesitate(self: Any, request: Any, context: Any) -> AsyncIterator[Any]:
+        if not refused:
+            refused.append(str(context.remote_id))
+            code = averaging.messages.NOT_LOOKING_FOR_GROUP
+            yield averaging.messages.MessageFromLeader(code=code)
+            return
+        async for message in join(self, request, context):
+            yield message
+
+    monkeypatch.setattr(averaging._Matching, "rpc_join_group", hesitate)
+    for value in (1.0, 3.0):
+        federation.add(adapter(value), Rounds(size=2, gather=90.0, silence=5.0))
+    first, second = federation.average(1, 1)
+    assert refused
+    assert first.share == second.share == 1.0
+    assert max(first.seconds, second.seconds) < 30  # of the 90 for which they gather
 
 
 @pytest.mark.parametrize("samples", [0, -3, 1 << 41])
