@@ -29,6 +29,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from torch import Tensor
 
 from swarm.dht.allreduce import Runner
+from swarm.dht.bounded import Bounded, bounded_calls
 from swarm.dht.daemon import inbox_of
 from swarm.dht.meeting import Meeting, Member
 from swarm.dht.node import DhtNode
@@ -46,7 +47,6 @@ else:  # hivemind reads the annotations of methods that others may call
 
 MAX_MEMBERS = 64  # of a group
 MAX_SAMPLES = 1 << 40
-_MAX_MESSAGE = 1 << 18  # bytes
 _MAX_STREAMS = 2 * MAX_MEMBERS  # at a time, from all...
 _MAX_STREAMS_EACH = 4  # ...and from one
 _MAX_GATHERED = 2048  # bytes that somebody tells of themselves
@@ -156,7 +156,8 @@ class Averager(ServicerBase):
             control = p2p._client.control
             inbox = inbox_of(Path(f"{p2p._daemon_listen_maddr}".removeprefix("/unix")))
             control.listen_maddr = p2p._client_listen_maddr = Multiaddr(f"/unix{inbox}")
-            p2p.call_binary_stream_handler = _bounded_calls(p2p.call_binary_stream_handler)
+            call = p2p.call_binary_stream_handler
+            p2p.call_binary_stream_handler = bounded_calls(call, _CONNECT_SECONDS)
             if self._listens:
                 await self.add_p2p_handlers(p2p, namespace=self._name)
                 for name, handler in list(control.handlers.items()):
@@ -172,7 +173,7 @@ class Averager(ServicerBase):
             streams[peer] += 1
             self._quiet.clear()
             try:
-                await handler(info, _Bounded(reader), writer)
+                await handler(info, Bounded(reader), writer)
             finally:
                 streams[peer] -= 1
                 self._answered = asyncio.get_running_loop().time()
@@ -381,27 +382,6 @@ class _Step:
 
     def get_timeout(self) -> float:
         return max(0.0, self.deadline - time.time())
-
-
-class _Bounded:
-    """A stream from whose sender nobody takes more than was bargained for."""
-
-    def __init__(self, reader: asyncio.StreamReader) -> None:
-        self._reader = reader
-
-    async def readexactly(self, count: int) -> bytes:
-        if count > _MAX_MESSAGE:
-            raise ValueError(f"a message of {count} bytes; at most {_MAX_MESSAGE} are allowed")
-        return await self._reader.readexactly(count)
-
-
-def _bounded_calls(call: Any) -> Any:
-    async def bounded(peer_id: PeerID, name: str) -> Any:
-        async with asyncio.timeout(_CONNECT_SECONDS):
-            info, reader, writer = await call(peer_id, name)
-        return info, _Bounded(reader), writer
-
-    return bounded
 
 
 def _heard(gathered: bytes) -> tuple[int, bool, bytes]:
