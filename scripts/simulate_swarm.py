@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +34,18 @@ from --seed, once for all rules; the same seed gives the same figures.
 """
 
 
+_stopped: list[int] = []  # by Ctrl-C
+
+
+def _stop(number: int, _: object) -> None:
+    """Python drops what is raised while something is freed: then `_progress` raises it."""
+    _stopped.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     arguments = _parse()
+    signal.signal(signal.SIGINT, _stop)
     if arguments.dht:
         print(_dht_table())
         return
@@ -142,6 +153,8 @@ def _progress(name: str, end: float) -> Callable[[float], None]:
     began = time.monotonic()
 
     def tell(now: float) -> None:
+        if _stopped:
+            raise KeyboardInterrupt
         took = time.monotonic() - began
         left = took * (end - now) / now if now else 0.0
         text = f"\r{name}: {now / 60:.0f} of {end / 60:.0f} minutes, {left:.0f} s left "

@@ -109,7 +109,7 @@ def test_pictures(
     assert violations(page) == []
     folder = screenshots(tmp_path)
     page.screenshot(path=folder / f"chat-welcome-{width}-{scheme}.png")
-    settle(page, max_tokens=16, temperature=0)
+    settle(page, max_tokens=48, temperature=0)  # so long that somebody still computes then
     ask(page, TEXT)
     page.locator(".said.assistant .body").filter(has_text=re.compile(r"\S+ \S+ ")).wait_for()
     named.swarm.cut(named.busy_middle())
